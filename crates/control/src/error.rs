@@ -1,0 +1,68 @@
+//! Why a call was refused, in the domain's terms. The API turns these into its exceptions; the texts are the service's own (SPEC 3.3).
+
+use crate::types::ImageState;
+
+/// Why a call was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// the input breaks a rule that only the domain can check
+    #[error("{0}")]
+    Invalid(String),
+    /// the image does not exist
+    #[error("MicroVMImage not found for MicroVMImageID: {0}")]
+    ImageNotFound(String),
+    /// the version does not exist
+    #[error("MicroVMImage not found for MicroVMImage: {arn}, Version: {version}")]
+    VersionNotFound {
+        /// ARN of the image.
+        arn: String,
+        /// Version asked for.
+        version: String,
+    },
+    /// the MicroVM does not exist
+    #[error("MicroVM not found: {0}")]
+    MicrovmNotFound(String),
+    /// nothing can be launched
+    #[error("No active version found for MicroVM image {arn}{}", version.as_ref().map(|v| format!(" and version {v}")).unwrap_or_default())]
+    NoActiveVersion {
+        /// ARN of the image.
+        arn: String,
+        /// Version asked for.
+        version: Option<String>,
+    },
+    /// the name is taken
+    #[error("A MicroVM image with the name '{0}' already exists in this account")]
+    NameTaken(String),
+    /// the image has MicroVMs
+    #[error("Cannot delete microvm image with running microvms.")]
+    ImageInUse,
+    /// the image is being built or deleted
+    #[error("Cannot delete MicroVM image in its current state: {}", serde_json::to_value(.0).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default())]
+    ImageBusy(ImageState),
+    /// the MicroVM is over
+    #[error("The MicroVM {0} has been terminated and its state cannot be changed.")]
+    Terminated(String),
+    /// the idempotency token was used for something else
+    #[error("The client token has already been used with different parameters.")]
+    TokenReused,
+    /// another account's resource
+    #[error("User: {principal} is not authorized to perform this action on resource: {resource}")]
+    Denied {
+        /// Who asked.
+        principal: String,
+        /// For what.
+        resource: String,
+    },
+    /// the host has no room
+    #[error("{0}")]
+    InsufficientCapacity(String),
+    /// a cursor that this server did not issue
+    #[error("the cursor is not valid")]
+    BadCursor,
+    /// not built yet
+    #[error("{0}")]
+    NotYet(String),
+    /// our fault; the text is for the log, not for the caller
+    #[error("{0}")]
+    Internal(String),
+}

@@ -1,0 +1,13 @@
+//! The domain: images and their builds, MicroVMs, their state machines, idle policy.
+//!
+//! [`plane::ControlPlane`] is what the API calls, [`plane::DataPlane`] what the endpoint proxy calls. Nothing here knows HTTP or QEMU.
+
+#![forbid(unsafe_code)]
+
+pub mod arn;
+pub mod error;
+pub mod plane;
+pub mod token;
+pub mod types;
+
+pub use error::ControlError;

@@ -1,0 +1,108 @@
+//! The two faces of the domain: what the API calls and what the endpoint proxy calls.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+
+use hearth_machine::GuestStream;
+
+use crate::{
+    error::ControlError,
+    types::{Build, Caller, CreateImage, Image, ImageVersion, Microvm, MicrovmFilter, Page, PageRequest, PortSpec, RunMicrovm},
+};
+
+/// What the API calls. Identifiers arrive as the caller wrote them.
+#[async_trait]
+pub trait ControlPlane: Send + Sync + 'static {
+    async fn create_image(&self, caller: &Caller, request: CreateImage) -> Result<(Image, ImageVersion), ControlError>;
+    async fn get_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError>;
+    /// `name_filter` is a substring, applied after the limit.
+    async fn list_images(&self, caller: &Caller, name_filter: Option<&str>, page: PageRequest) -> Result<Page<Image>, ControlError>;
+    /// Returns the image in state `DELETING`.
+    async fn delete_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError>;
+    async fn get_image_version(&self, caller: &Caller, image: &str, version: &str) -> Result<ImageVersion, ControlError>;
+    async fn list_image_versions(&self, caller: &Caller, image: &str, page: PageRequest) -> Result<Page<ImageVersion>, ControlError>;
+    async fn get_build(&self, caller: &Caller, image: &str, version: &str, build: &str) -> Result<Build, ControlError>;
+    async fn list_builds(&self, caller: &Caller, image: &str, version: &str, page: PageRequest) -> Result<Page<Build>, ControlError>;
+
+    async fn run_microvm(&self, caller: &Caller, request: RunMicrovm) -> Result<Microvm, ControlError>;
+    async fn get_microvm(&self, caller: &Caller, id: &str) -> Result<Microvm, ControlError>;
+    async fn list_microvms(&self, caller: &Caller, filter: MicrovmFilter, page: PageRequest) -> Result<Page<Microvm>, ControlError>;
+    async fn suspend_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError>;
+    async fn resume_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError>;
+    async fn terminate_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError>;
+    /// Returns the token for the header `X-aws-proxy-auth`.
+    async fn create_auth_token(&self, caller: &Caller, id: &str, lifetime: Duration, ports: Vec<PortSpec>) -> Result<String, ControlError>;
+}
+
+/// What the endpoint proxy calls.
+#[async_trait]
+pub trait DataPlane: Send + Sync + 'static {
+    /// Checks a request before anything is done for it. Takes the same time for an unknown host as for a wrong token.
+    fn admit(&self, host: &str, token: &str, port: u16) -> Result<Admission, Refusal>;
+
+    /// Connects to a port of an admitted MicroVM. Holds the caller while the MicroVM is launched or resumed, up to a limit.
+    async fn connect(&self, admission: &Admission) -> Result<Box<dyn GuestStream>, ConnectError>;
+}
+
+/// Leave to talk to one port of one MicroVM.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    /// The MicroVM's id.
+    pub microvm_id: String,
+    /// The port.
+    pub port: u16,
+    /// Where the traffic's bytes are reported.
+    pub activity: Arc<Activity>,
+}
+
+/// When the last byte crossed a MicroVM's endpoint. One atomic store per read or write; the idle timer looks when it is due.
+#[derive(Debug)]
+pub struct Activity {
+    origin: std::time::Instant,
+    last_ms: std::sync::atomic::AtomicU64,
+}
+
+impl Default for Activity {
+    fn default() -> Self {
+        Self { origin: std::time::Instant::now(), last_ms: std::sync::atomic::AtomicU64::new(0) }
+    }
+}
+
+impl Activity {
+    /// Bytes moved now.
+    pub fn touch(&self) {
+        let now = u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last_ms.fetch_max(now, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// When bytes last moved, or when the meter was made.
+    pub fn last(&self) -> std::time::Instant {
+        self.origin + Duration::from_millis(self.last_ms.load(std::sync::atomic::Ordering::Relaxed))
+    }
+}
+
+/// Why a request is refused before it reaches a MicroVM (SPEC 10.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// no token, or none that parses: 403
+    #[error("Request missing authentication")]
+    MissingAuthentication,
+    /// another MicroVM's token, an expired one, or an unknown host: 403
+    #[error("Token authentication failed")]
+    AuthenticationFailed,
+    /// a port outside the token's scope: 403
+    #[error("Access to port denied")]
+    PortDenied,
+}
+
+/// Why an admitted request cannot reach its port.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// nothing listens there, the app is gone, the MicroVM is terminated or sleeps and must not be woken: 502
+    #[error("{0}")]
+    Unreachable(String),
+    /// the MicroVM did not wake in time: 503 with `Retry-After`
+    #[error("the MicroVM did not wake within {} s", .0.as_secs())]
+    TooSlow(Duration),
+}

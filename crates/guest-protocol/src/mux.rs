@@ -1,0 +1,146 @@
+//! A yamux session as both sides use it: a handle that opens streams, a queue of streams that the peer opened, and one task that moves bytes.
+
+use std::task::Poll;
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
+
+/// One stream of a session, with tokio's traits.
+pub type Stream = Compat<yamux::Stream>;
+
+/// The session cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MuxError {
+    /// the session has ended
+    #[error("the session with the guest has ended")]
+    Ended,
+    /// the session refused the stream
+    #[error("the session refused the stream: {0}")]
+    Yamux(#[from] yamux::ConnectionError),
+}
+
+type OpenRequest = oneshot::Sender<Result<Stream, MuxError>>;
+
+/// A session. Cheap to clone; the session itself lives until [`MuxDriver`] is aborted or the connection ends.
+#[derive(Debug, Clone)]
+pub struct Mux {
+    open: mpsc::Sender<OpenRequest>,
+}
+
+/// The rest of a new session: streams that the peer opens, and the task that does the work.
+#[derive(Debug)]
+pub struct MuxDriver {
+    /// Streams opened by the peer; `None` once the session has ended.
+    pub inbound: mpsc::Receiver<Stream>,
+    /// Ends when the session ends. Aborting it drops the connection at once, in the middle of whatever it was doing.
+    pub task: JoinHandle<()>,
+}
+
+impl Mux {
+    /// The side that dials: the host.
+    pub fn client(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> (Self, MuxDriver) {
+        Self::start(io, yamux::Mode::Client)
+    }
+
+    /// The side that is dialled: the guest.
+    pub fn server(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> (Self, MuxDriver) {
+        Self::start(io, yamux::Mode::Server)
+    }
+
+    fn start(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, mode: yamux::Mode) -> (Self, MuxDriver) {
+        let connection = yamux::Connection::new(io.compat(), yamux::Config::default(), mode);
+        let (open, requests) = mpsc::channel(16);
+        let (accepted, inbound) = mpsc::channel(64);
+        let task = tokio::spawn(drive(connection, requests, accepted));
+        (Self { open }, MuxDriver { inbound, task })
+    }
+
+    /// Opens a stream. Waits while the peer has too many unacknowledged ones.
+    pub async fn open(&self) -> Result<Stream, MuxError> {
+        let (reply, answer) = oneshot::channel();
+        self.open.send(reply).await.map_err(|_| MuxError::Ended)?;
+        answer.await.map_err(|_| MuxError::Ended)?
+    }
+}
+
+/// Moves the session's bytes until it ends. All of yamux's work happens in its poll functions, so they share one task.
+async fn drive<T>(mut connection: yamux::Connection<Compat<T>>, mut requests: mpsc::Receiver<OpenRequest>, accepted: mpsc::Sender<Stream>)
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut opening: Option<OpenRequest> = None;
+    let mut handles_gone = false;
+    std::future::poll_fn(|cx| {
+        loop {
+            if opening.is_none() && !handles_gone {
+                match requests.poll_recv(cx) {
+                    Poll::Ready(Some(request)) => opening = Some(request),
+                    Poll::Ready(None) => handles_gone = true,
+                    Poll::Pending => {}
+                }
+            }
+            if let Some(reply) = opening.take() {
+                match connection.poll_new_outbound(cx) {
+                    Poll::Ready(result) => {
+                        // A caller that went away drops the stream, which resets it.
+                        let _ = reply.send(result.map(FuturesAsyncReadCompatExt::compat).map_err(MuxError::from));
+                        continue;
+                    }
+                    Poll::Pending => opening = Some(reply),
+                }
+            }
+            match connection.poll_next_inbound(cx) {
+                Poll::Ready(Some(Ok(stream))) => {
+                    // A peer that opens faster than we serve loses the stream instead of stalling the session.
+                    let _ = accepted.try_send(stream.compat());
+                }
+                Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    })
+    .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn both_sides_open_streams() {
+        let (near, far) = tokio::io::duplex(4096);
+        let (host, mut host_driver) = Mux::client(near);
+        let (guest, mut guest_driver) = Mux::server(far);
+
+        let mut outbound = host.open().await.unwrap();
+        outbound.write_all(b"ping").await.unwrap();
+        outbound.flush().await.unwrap();
+        let mut inbound = guest_driver.inbound.recv().await.unwrap();
+        let mut buffer = [0; 4];
+        inbound.read_exact(&mut buffer).await.unwrap();
+        assert_eq!(&buffer, b"ping");
+
+        let mut outbound = guest.open().await.unwrap();
+        outbound.write_all(b"pong").await.unwrap();
+        outbound.flush().await.unwrap();
+        let mut inbound = host_driver.inbound.recv().await.unwrap();
+        inbound.read_exact(&mut buffer).await.unwrap();
+        assert_eq!(&buffer, b"pong");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_one_side_ends_the_other() {
+        let (near, far) = tokio::io::duplex(4096);
+        let (host, host_driver) = Mux::client(near);
+        let (_guest, guest_driver) = Mux::server(far);
+        guest_driver.task.abort();
+        host_driver.task.await.unwrap();
+        assert!(matches!(host.open().await, Err(MuxError::Ended)));
+    }
+}

@@ -1,0 +1,83 @@
+//! Framing of messages: a little-endian `u32` length, then postcard.
+
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use crate::MAX_MESSAGE_BYTES;
+
+/// A message could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// the peer closed the stream
+    #[error("the peer closed the stream")]
+    Closed,
+    /// the stream failed
+    #[error("the stream failed: {0}")]
+    Io(#[from] std::io::Error),
+    /// a message is too long
+    #[error("a message of {0} bytes is longer than the {MAX_MESSAGE_BYTES} allowed")]
+    TooLong(usize),
+    /// a message does not decode
+    #[error("a message does not decode: {0}")]
+    Malformed(#[from] postcard::Error),
+}
+
+/// Writes one message and flushes it.
+pub async fn write_message<T: Serialize>(writer: &mut (impl AsyncWrite + Unpin), message: &T) -> Result<(), WireError> {
+    let body = postcard::to_stdvec(message)?;
+    let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_MESSAGE_BYTES);
+    let length = length.ok_or(WireError::TooLong(body.len()))?;
+    let mut frame = Vec::with_capacity(4 + body.len());
+    frame.extend_from_slice(&length.to_le_bytes());
+    frame.extend_from_slice(&body);
+    writer.write_all(&frame).await?;
+    writer.flush().await?;
+    Ok(())
+}
+
+/// Reads one message. Not cancel safe: a caller that stops waiting must give the stream up.
+pub async fn read_message<T: DeserializeOwned>(reader: &mut (impl AsyncRead + Unpin)) -> Result<T, WireError> {
+    let mut length = [0; 4];
+    match reader.read_exact(&mut length).await {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Err(WireError::Closed),
+        Err(error) => return Err(error.into()),
+    }
+    let length = u32::from_le_bytes(length) as usize;
+    if length > MAX_MESSAGE_BYTES {
+        return Err(WireError::TooLong(length));
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).await?;
+    Ok(postcard::from_bytes(&body)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{HostMessage, StreamHeader};
+
+    #[tokio::test]
+    async fn messages_survive_the_wire() {
+        let (mut near, mut far) = tokio::io::duplex(64);
+        let sent = StreamHeader::Dial { port: 5000 };
+        write_message(&mut near, &sent).await.unwrap();
+        write_message(&mut near, &HostMessage::Detach).await.unwrap();
+        drop(near);
+        assert_eq!(read_message::<StreamHeader>(&mut far).await.unwrap(), sent);
+        assert_eq!(read_message::<HostMessage>(&mut far).await.unwrap(), HostMessage::Detach);
+        assert!(matches!(read_message::<HostMessage>(&mut far).await, Err(WireError::Closed)));
+    }
+
+    #[tokio::test]
+    async fn an_announced_length_is_not_believed() {
+        let mut input: &[u8] = &u32::MAX.to_le_bytes();
+        assert!(matches!(read_message::<HostMessage>(&mut input).await, Err(WireError::TooLong(_))));
+    }
+
+    #[tokio::test]
+    async fn garbage_is_an_error() {
+        let mut input: &[u8] = &[2, 0, 0, 0, 0xff, 0xff];
+        assert!(matches!(read_message::<HostMessage>(&mut input).await, Err(WireError::Malformed(_))));
+    }
+}

@@ -1,0 +1,263 @@
+//! What a virtual machine monitor must be able to do for Hearth.
+//!
+//! ```text
+//! boot ─▶ Machine ─▶ start_app ─▶ capture ─▶ Snapshot          (image build, once)
+//! launch(Snapshot)  ─▶ Machine ─▶ suspend ─▶ Suspended on disk  (RunMicrovm, idle)
+//! launch(Suspended) ─▶ Machine ─▶ …                             (next request)
+//! ```
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use hearth_guest_protocol::{App, ExitStatus, LogRecord};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::mpsc,
+};
+
+use crate::snapshot::{Platform, Snapshot, SnapshotError};
+
+/// A virtual machine monitor.
+#[async_trait]
+pub trait Engine: Send + Sync {
+    /// What snapshots of this engine depend on.
+    fn platform(&self) -> &Platform;
+
+    /// Boots a machine from a root file system, up to the point where its guest waits for [`Machine::start_app`].
+    async fn boot(&self, spec: BootSpec) -> Result<Box<dyn Machine>, BootError>;
+
+    /// Starts a machine in the state of a snapshot, or in the state it was suspended in. The guest has said `Ready` when this returns.
+    async fn launch(&self, spec: LaunchSpec) -> Result<Box<dyn Machine>, LaunchError>;
+
+    /// Releases what the engine keeps for a snapshot that is about to be deleted (shared memory, prepared machines).
+    async fn forget(&self, snapshot: &Snapshot);
+
+    /// Ends everything that the engine holds ready. Machines must be gone by then.
+    async fn shutdown(&self);
+}
+
+/// One running virtual machine. Dropping it kills it and releases what it holds.
+#[async_trait]
+pub trait Machine: Send + Sync {
+    /// Starts the application. Once in the life of an image, before [`Machine::capture`].
+    async fn start_app(&self, app: App) -> Result<(), GuestError>;
+
+    /// A handle that connects to ports of the guest, for as long as this machine runs.
+    fn dialer(&self) -> Arc<dyn Dial>;
+
+    /// What happens in the machine, in order. Can be taken once; `None` after that.
+    fn take_events(&mut self) -> Option<mpsc::UnboundedReceiver<MachineEvent>>;
+
+    /// Stops the machine and makes it the snapshot in `into`, a directory that does not exist yet. The machine ends either way.
+    async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError>;
+
+    /// Writes what differs from the snapshot into the machine's directory and ends the process: a suspended machine costs no memory.
+    /// The machine ends either way; after an error its state is lost.
+    async fn suspend(self: Box<Self>) -> Result<Suspended, SuspendError>;
+
+    /// Ends the machine at once and waits until its process is gone.
+    async fn kill(self: Box<Self>);
+}
+
+/// Bytes to and from a TCP port of the guest.
+pub trait GuestStream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> GuestStream for T {}
+
+/// Connects to ports of one guest, the way a client inside it would: through its loopback.
+#[async_trait]
+pub trait Dial: Send + Sync {
+    /// Connects to a TCP port.
+    async fn dial(&self, port: u16) -> Result<Box<dyn GuestStream>, DialError>;
+}
+
+/// Something that happened in a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The application began to listen on a TCP port. Only between `start_app` and `capture`.
+    Listening(u16),
+    /// The application's main process ended.
+    AppExited(ExitStatus),
+    /// Output of the application.
+    Log(LogRecord),
+    /// The machine is gone, and not because it was asked to be. Always the last event.
+    Died {
+        /// What the engine knows about it.
+        reason: String,
+    },
+}
+
+/// A machine to boot.
+#[derive(Debug, Clone)]
+pub struct BootSpec {
+    /// Identifier, for the guest, the log and file names.
+    pub id: String,
+    /// Directory of the machine's own; created if missing, and the caller's to delete.
+    pub dir: PathBuf,
+    /// Raw ext4 image of the root file system. Stays unchanged; what the boot writes goes to an overlay in `dir`.
+    pub rootfs: PathBuf,
+    /// Virtual processors.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// How long the guest may take until it waits for its application.
+    pub timeout: Duration,
+}
+
+/// A machine to launch.
+#[derive(Debug, Clone)]
+pub struct LaunchSpec {
+    /// Identifier, for the guest, the log and file names.
+    pub id: String,
+    /// Directory of the machine's own; created if missing, and the caller's to delete. Holds its disk overlay and, while it is
+    /// suspended, its state.
+    pub dir: PathBuf,
+    /// The snapshot that the machine is, or once was, a clone of.
+    pub snapshot: Arc<Snapshot>,
+    /// From the snapshot, or from what the last suspend left in `dir`.
+    pub source: LaunchSource,
+    /// Counts launches and resumes of this machine, from 1.
+    pub generation: u64,
+}
+
+/// What state a machine is launched in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LaunchSource {
+    /// A fresh clone.
+    Snapshot,
+    /// What [`Machine::suspend`] left in the machine's directory.
+    Suspended,
+}
+
+/// What a suspend wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Suspended {
+    /// Bytes of guest memory that differ from the snapshot.
+    pub dirty_bytes: u64,
+    /// Bytes of device state.
+    pub device_state_bytes: u64,
+}
+
+/// A machine could not be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// a host resource is missing
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done, to what.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// the monitor refused
+    #[error("the virtual machine monitor failed: {0}")]
+    Monitor(String),
+    /// the guest did not come up
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+/// A machine could not be launched.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// a host resource is missing
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done, to what.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// the snapshot, or the suspended state, is missing, damaged, or made by another engine
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// the monitor refused
+    #[error("the virtual machine monitor failed: {0}")]
+    Monitor(String),
+    /// the guest did not answer
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+/// A machine could not be captured.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// a host resource is missing
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done, to what.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// the monitor refused
+    #[error("the virtual machine monitor failed: {0}")]
+    Monitor(String),
+    /// the guest did not let go of its session
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+/// A machine could not be suspended.
+#[derive(Debug, thiserror::Error)]
+pub enum SuspendError {
+    /// a host resource is missing
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done, to what.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// the monitor refused
+    #[error("the virtual machine monitor failed: {0}")]
+    Monitor(String),
+    /// the guest did not let go of its session
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+/// The guest did not do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// the guest did not answer in time
+    #[error("the guest did not {what} within {} ms", timeout.as_millis())]
+    Timeout {
+        /// What was waited for, as a verb: "say ready".
+        what: &'static str,
+        /// How long it was waited for.
+        timeout: Duration,
+    },
+    /// the guest speaks another protocol
+    #[error("the guest speaks protocol {guest}, this host {host}: rebuild the image with the present guest kit")]
+    Protocol {
+        /// The guest's version.
+        guest: u32,
+        /// Ours.
+        host: u32,
+    },
+    /// the session with the guest broke
+    #[error("the session with the guest broke: {0}")]
+    Session(String),
+    /// the application could not be started
+    #[error("the application could not be started: {0}")]
+    App(String),
+}
+
+/// A port of the guest could not be connected to.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// nothing listens on the port
+    #[error("nothing listens on port {0}")]
+    Refused(u16),
+    /// the machine is not there any more
+    #[error("the machine is gone: {0}")]
+    Gone(String),
+    /// the connection failed for another reason
+    #[error("connecting to port {port} failed: {reason}")]
+    Failed {
+        /// TCP port.
+        port: u16,
+        /// What the guest said.
+        reason: String,
+    },
+}

@@ -1,0 +1,13 @@
+//! One virtual machine: engine, memory file, disk chain, network slot, snapshot.
+//!
+//! [`Engine`] boots a machine from a root file system and launches clones of a [`Snapshot`]; a [`Machine`] is one that runs. Nothing here
+//! knows of AWS, and nothing above this crate knows of QEMU.
+
+pub mod engine;
+pub mod snapshot;
+
+pub use engine::{
+    BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec, Machine,
+    MachineEvent, SuspendError, Suspended,
+};
+pub use snapshot::{Platform, Snapshot, SnapshotError, SnapshotManifest};
