@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! host                                   guest
+//!  │── marker ─────────────────────────────▶│  raw bytes; the guest discards everything before them
 //!  │── StreamHeader::Control ──────────────▶│  session begins: after boot, after every launch and resume
 //!  │── HostMessage::Hello ─────────────────▶│  clock, entropy, network put right
 //!  │◀───────────────── GuestMessage::Ready ─│
@@ -12,18 +13,21 @@
 //!  │◀─────────────── GuestMessage::Started ─│
 //!  │◀───────────── GuestMessage::Listening ─│  a TCP port of the app begins to accept connections
 //!  │◀──────────────── GuestMessage::Exited ─│  the app's main process ended
-//!  │── HostMessage::Detach ────────────────▶│  before capture and suspend: the guest closes the port, which ends the session
+//!  │── HostMessage::Detach { marker } ─────▶│  before capture and suspend: the guest drops the session in the middle of whatever it does …
+//!  │◀─────────────────────────────── marker ─│  … and says so with raw bytes; the host discards everything before them
 //! ```
 //!
-//! The close of the port is what ends a session: the kernel then discards what was in flight, QEMU reports the close to the host, and the
-//! VM can be stopped with no session open. The guest opens the port again and waits for the next `Hello`.
+//! The marker of `Detach` also begins the next session, so neither side can mistake what was in flight when a session ended for the start
+//! of the next one, and no tenant can forge it. The first session after boot begins with [`BOOT_MARKER`]. The port stays open throughout.
 
 #![forbid(unsafe_code)]
 
+pub mod marker;
 pub mod message;
 pub mod mux;
 pub mod wire;
 
+pub use marker::{BOOT_MARKER, Marker, await_marker};
 pub use message::{App, DialReply, ExitStatus, GuestMessage, Hello, HostMessage, LogRecord, LogSource, Network, Ready, StreamHeader};
 pub use mux::{Mux, MuxError, Stream};
 pub use wire::{WireError, read_message, write_message};

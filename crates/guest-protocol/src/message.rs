@@ -4,6 +4,8 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Marker;
+
 /// First message on every stream: what the stream is for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StreamHeader {
@@ -39,8 +41,11 @@ pub enum HostMessage {
     Hello(Hello),
     /// Start the application. Sent once, at image build; a clone's application is already running.
     Start(App),
-    /// End the session: close the port, then open it and wait for the next one.
-    Detach,
+    /// End the session at once: drop every stream, write the marker as raw bytes, then wait for the same marker, which begins the next session.
+    Detach {
+        /// Random bytes, new for each `Detach`.
+        marker: Marker,
+    },
 }
 
 /// What the guest says on the control stream.
