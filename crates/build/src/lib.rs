@@ -4,9 +4,24 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+mod builder;
+mod error;
 
+use std::{path::PathBuf, time::Duration};
+
+use async_trait::async_trait;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+pub use builder::Builder;
+pub use error::{BuildError, PrepareError};
+
+/// Makes root file systems out of archives. [`Builder`] is the real one.
+#[async_trait]
+pub trait ImageBuilder: Send + Sync + 'static {
+    /// Runs one build to its end. Nothing of it is left behind but `request.rootfs`, and that only on success.
+    async fn build(&self, request: BuildRequest, cancel: CancellationToken) -> Result<Built, BuildError>;
+}
 
 /// Where a [`Builder`] keeps its things and what it may use.
 #[derive(Debug, Clone)]
@@ -19,6 +34,21 @@ pub struct BuilderConfig {
     pub base_names: Vec<String>,
     /// Limits of the archive.
     pub limits: ArchiveLimits,
+    /// Longest time a build may take.
+    pub deadline: Duration,
+}
+
+impl BuilderConfig {
+    /// The defaults: AWS's name of the base image, 30 minutes for a build.
+    pub fn new(cache_dir: PathBuf, base_image: PathBuf) -> Self {
+        Self {
+            cache_dir,
+            base_image,
+            base_names: vec!["public.ecr.aws/lambda/microvms:al2023-minimal".to_owned()],
+            limits: ArchiveLimits::default(),
+            deadline: Duration::from_secs(30 * 60),
+        }
+    }
 }
 
 /// What an archive may hold.
@@ -75,6 +105,6 @@ pub struct ImageConfig {
 pub struct Built {
     /// How to run it.
     pub config: ImageConfig,
-    /// Bytes of the root file system's contents.
+    /// Bytes that the root file system's contents take on the disk.
     pub content_bytes: u64,
 }
