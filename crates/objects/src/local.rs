@@ -1,0 +1,231 @@
+//! The embedded S3: objects are files below one directory, `<root>/<bucket>/<key>`, served over the S3 protocol by `s3s`.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    task::{Context, Poll},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{TryStreamExt, future::BoxFuture};
+use http::{Request, Response, StatusCode};
+use http_body::{Body as HttpBody, Frame};
+use http_body_util::{BodyExt, StreamBody};
+use s3s::{
+    Body, S3Result,
+    auth::{S3Auth, SecretKey},
+    host::{S3Host, VirtualHost},
+    s3_error,
+    service::{S3Service as Protocol, S3ServiceBuilder},
+};
+use s3s_fs::FileSystem;
+use tokio_util::io::ReaderStream;
+
+use crate::{FetchError, ObjectUri, Objects, PutError, guard::Guard};
+
+/// A key pair that may use the embedded S3.
+#[derive(Clone)]
+pub struct AccessKey {
+    /// Access key id.
+    pub id: String,
+    /// Secret access key.
+    pub secret: String,
+}
+
+/// Who may use a [`S3Service`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Requests signed with one of the keys of the store.
+    Signed,
+    /// Any request: for a listener that only the operator can reach.
+    Trusted,
+}
+
+/// Marks a request that needs no signature. Set by the server, never by a client.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Trusted;
+
+/// Objects in a directory.
+#[derive(Clone)]
+pub struct LocalObjects {
+    root: PathBuf,
+    protocol: Protocol,
+}
+
+/// The directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use {} as the object store: {reason}", path.display())]
+pub struct OpenError {
+    path: PathBuf,
+    reason: String,
+}
+
+impl LocalObjects {
+    /// Opens the store, creates its directory if it is missing, and removes what interrupted writes left. One process at a time may have a
+    /// directory open.
+    pub fn open(root: &Path, keys: impl IntoIterator<Item = AccessKey>) -> Result<Self, OpenError> {
+        let error = |reason: String| OpenError { path: root.to_owned(), reason };
+        std::fs::create_dir_all(root).map_err(|e| error(e.to_string()))?;
+        let root = root.canonicalize().map_err(|e| error(e.to_string()))?;
+        let files = FileSystem::new(&root).map_err(|e| error(format!("{e:?}")))?;
+
+        let mut builder = S3ServiceBuilder::new(files);
+        builder.set_auth(Keys(keys.into_iter().map(|key| (key.id, SecretKey::from(key.secret))).collect()));
+        builder.set_access(Guard::new(root.clone()));
+        builder.set_host(LocalhostBuckets);
+        Ok(Self { root, protocol: builder.build() })
+    }
+
+    /// The store as an HTTP service that speaks S3.
+    pub fn service(&self, access: Access) -> S3Service {
+        S3Service { protocol: self.protocol.clone(), access }
+    }
+
+    async fn call_trusted(&self, request: http::request::Builder, body: Body) -> io::Result<Response<Body>> {
+        let request = request.extension(Trusted).body(body).map_err(io::Error::other)?;
+        self.protocol.call(request).await.map_err(|e| io::Error::other(format!("{e:?}")))
+    }
+
+    async fn ensure_bucket(&self, bucket: &str) -> io::Result<()> {
+        tokio::fs::create_dir_all(self.root.join(bucket)).await
+    }
+}
+
+#[async_trait]
+impl Objects for LocalObjects {
+    async fn fetch(&self, uri: &ObjectUri, into: &Path, max_bytes: u64) -> Result<u64, FetchError> {
+        let (root, uri, into) = (self.root.clone(), uri.clone(), into.to_owned());
+        let name = uri.to_string();
+        tokio::task::spawn_blocking(move || copy_object(&root, &uri, &into, max_bytes))
+            .await
+            .unwrap_or_else(|e| Err(FetchError::Io { uri: name, source: io::Error::other(e) }))
+    }
+
+    async fn put(&self, bucket: &str, key: &str, file: &Path) -> Result<(), PutError> {
+        let uri = ObjectUri::new(bucket, key)?;
+        let error = |source| PutError::Io { bucket: bucket.to_owned(), key: key.to_owned(), source };
+
+        self.ensure_bucket(uri.bucket()).await.map_err(error)?;
+        let file = tokio::fs::File::open(file).await.map_err(error)?;
+        let bytes = file.metadata().await.map_err(error)?.len();
+        let body = Body::http_body_unsync(StreamBody::new(ReaderStream::with_capacity(file, 64 << 10).map_ok(Frame::data)));
+        let path: String = uri.key().split('/').map(|segment| format!("/{}", escape(segment))).collect();
+        let request =
+            Request::put(format!("http://127.0.0.1/{}{path}", uri.bucket())).header("host", "127.0.0.1").header("content-length", bytes);
+
+        let response = self.call_trusted(request, body).await.map_err(error)?;
+        if response.status() == StatusCode::OK {
+            return Ok(());
+        }
+        let answer = response.into_body().collect().await.map_err(io::Error::other).map_err(error)?.to_bytes();
+        Err(error(io::Error::other(String::from_utf8_lossy(&answer).into_owned())))
+    }
+}
+
+/// Percent-encodes everything but the unreserved characters of RFC 3986.
+fn escape(segment: &str) -> String {
+    segment
+        .bytes()
+        .map(|byte| match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+            _ => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
+fn copy_object(root: &Path, uri: &ObjectUri, into: &Path, max_bytes: u64) -> Result<u64, FetchError> {
+    let io_error = |source| FetchError::Io { uri: uri.to_string(), source };
+    let bucket = root.join(uri.bucket());
+    if !bucket.is_dir() {
+        return Err(FetchError::NoSuchBucket { bucket: uri.bucket().to_owned() });
+    }
+    let missing = || FetchError::NoSuchKey { bucket: uri.bucket().to_owned(), key: uri.key().to_owned() };
+    let object = std::fs::File::open(bucket.join(uri.key())).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => missing(),
+        io::ErrorKind::PermissionDenied => FetchError::AccessDenied { uri: uri.to_string() },
+        _ => io_error(e),
+    })?;
+    let metadata = object.metadata().map_err(io_error)?;
+    if !metadata.is_file() {
+        return Err(missing());
+    }
+    if metadata.len() > max_bytes {
+        let reason = format!("it has {} bytes, at most {max_bytes} are allowed", metadata.len());
+        return Err(FetchError::InvalidObject { uri: uri.to_string(), reason });
+    }
+    // The open file stays what it was measured to be: objects are replaced by renaming, never written in place.
+    let copied = std::fs::File::create_new(into).and_then(|mut copy| io::copy(&mut object.take(max_bytes), &mut copy));
+    copied.map_err(|e| {
+        if e.kind() != io::ErrorKind::AlreadyExists {
+            let _ = std::fs::remove_file(into);
+        }
+        io_error(e)
+    })
+}
+
+struct Keys(HashMap<String, SecretKey>);
+
+#[async_trait]
+impl S3Auth for Keys {
+    async fn get_secret_key(&self, access_key: &str) -> S3Result<SecretKey> {
+        self.0
+            .get(access_key)
+            .cloned()
+            .ok_or_else(|| s3_error!(InvalidAccessKeyId, "The AWS Access Key Id you provided does not exist in our records."))
+    }
+}
+
+/// `<bucket>.localhost` is the virtual-hosted form that SDKs choose for an endpoint called `localhost`. Every other host means that the path
+/// names the bucket.
+struct LocalhostBuckets;
+
+impl S3Host for LocalhostBuckets {
+    fn parse_host_header<'a>(&'a self, host: &'a str) -> S3Result<VirtualHost<'a>> {
+        let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+        Ok(match name.strip_suffix(".localhost") {
+            Some(bucket) => VirtualHost::new("localhost").with_bucket(bucket),
+            None => VirtualHost::new(name),
+        })
+    }
+}
+
+/// The embedded S3 as a service for one listener. Cheap to clone.
+#[derive(Clone)]
+pub struct S3Service {
+    protocol: Protocol,
+    access: Access,
+}
+
+impl<B> tower::Service<Request<B>> for S3Service
+where
+    B: HttpBody<Data = Bytes> + Send + 'static,
+    B::Error: std::error::Error + Send + Sync + 'static,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let protocol = self.protocol.clone();
+        let mut request = request.map(Body::http_body_unsync);
+        request.extensions_mut().clear();
+        if self.access == Access::Trusted {
+            request.extensions_mut().insert(Trusted);
+        }
+        Box::pin(async move {
+            Ok(protocol.call(request).await.unwrap_or_else(|error| {
+                tracing::error!(?error, "the object store failed");
+                let mut response = Response::new(Body::empty());
+                *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+                response
+            }))
+        })
+    }
+}
