@@ -4,6 +4,9 @@
 //! knows of AWS, and nothing above this crate knows of QEMU.
 
 pub mod engine;
+pub mod kit;
+mod memory;
+pub mod network;
 pub mod snapshot;
 
 pub use engine::{

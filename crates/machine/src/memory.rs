@@ -1,0 +1,255 @@
+//! Guest memory outside of the guest: sealed copies that clones map, and the pages in which a clone differs from them.
+//!
+//! A clone maps its image's memory privately: what it writes becomes anonymous memory of its process, what it only reads stays shared.
+//! `/proc/PID/pagemap` tells the two apart, so a suspend writes only what the guest changed since the image was captured, and a resume
+//! writes it back into a fresh clone.
+
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::{fd::AsFd, unix::fs::FileExt},
+    path::Path,
+};
+
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+    unistd::{Whence, lseek64},
+};
+use serde::{Deserialize, Serialize};
+
+/// Size of a guest page, in bytes.
+pub const PAGE: u64 = 4096;
+
+/// Pages that follow one another, in guest memory and in the file of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Index of the first page.
+    pub first: u64,
+    /// Number of pages.
+    pub count: u64,
+}
+
+/// Copies a memory file into an anonymous file that nobody can change any more. Holes stay holes.
+pub fn sealed_copy(path: &Path, size: u64) -> io::Result<File> {
+    let name = CString::new("hearth-image").expect("the name has no zero byte");
+    let mut copy = File::from(memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    copy.set_len(size)?;
+    let mut memory = File::open(path)?;
+    for (start, end) in data_ranges(&memory)? {
+        memory.seek(SeekFrom::Start(start))?;
+        copy.seek(SeekFrom::Start(start))?;
+        io::copy(&mut Read::by_ref(&mut memory).take(end.min(size) - start), &mut copy)?;
+    }
+    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&copy, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(copy)
+}
+
+/// The parts of a file that are not holes, as start and end offsets.
+fn data_ranges(file: &File) -> io::Result<Vec<(u64, u64)>> {
+    let mut ranges = Vec::new();
+    let mut position = 0;
+    loop {
+        let start = match lseek64(file.as_fd(), position, Whence::SeekData) {
+            Ok(start) => start,
+            Err(nix::errno::Errno::ENXIO) => return Ok(ranges),
+            Err(error) => return Err(error.into()),
+        };
+        let end = lseek64(file.as_fd(), start, Whence::SeekHole)?;
+        ranges.push((start.cast_unsigned(), end.cast_unsigned()));
+        position = end;
+    }
+}
+
+/// Bytes of a file that are not holes.
+pub fn data_bytes(path: &Path) -> io::Result<u64> {
+    Ok(data_ranges(&File::open(path)?)?.into_iter().map(|(start, end)| end - start).sum())
+}
+
+/// A clone's guest memory as its process maps it.
+#[derive(Debug)]
+pub struct Mapping {
+    memory: File,
+    start: u64,
+    bytes: u64,
+    pid: u32,
+}
+
+impl Mapping {
+    /// Finds the mapping of `bytes` bytes of a sealed copy in a process. The process must be held by the caller: a pid that is reused in
+    /// between would name another one.
+    pub fn of(pid: u32, bytes: u64) -> io::Result<Self> {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let start = find_mapping(&maps, "/memfd:hearth-image", bytes).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotFound, format!("process {pid} does not map {bytes} bytes of its image's memory"))
+        })?;
+        let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
+        Ok(Self { memory, start, bytes, pid })
+    }
+
+    /// Pages that the guest wrote since it was cloned.
+    pub fn dirty(&self) -> io::Result<Vec<Extent>> {
+        let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut entries = vec![0; 1 << 20];
+        let (mut page, count) = (0, self.bytes / PAGE);
+        while page < count {
+            let batch = (count - page).min(entries.len() as u64 / 8);
+            let batch_bytes = usize::try_from(batch * 8).expect("a batch is at most the buffer");
+            pagemap.read_exact_at(&mut entries[..batch_bytes], (self.start / PAGE + page) * 8)?;
+            for entry in entries[..batch_bytes].chunks_exact(8) {
+                if is_dirty(u64::from_ne_bytes(entry.try_into().expect("chunks of eight bytes"))) {
+                    match extents.last_mut() {
+                        Some(last) if last.first + last.count == page => last.count += 1,
+                        _ => extents.push(Extent { first: page, count: 1 }),
+                    }
+                }
+                page += 1;
+            }
+        }
+        Ok(extents)
+    }
+
+    /// Writes the pages of `extents` one after the other.
+    pub fn save(&self, extents: &[Extent], pages: &mut impl Write) -> io::Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        for (offset, length) in pieces(extents, buffer.len() as u64) {
+            let piece = &mut buffer[..usize::try_from(length).expect("a piece is at most the buffer")];
+            self.memory.read_exact_at(piece, self.start + offset)?;
+            pages.write_all(piece)?;
+        }
+        Ok(())
+    }
+
+    /// Puts back what [`Mapping::save`] wrote.
+    pub fn restore(&self, extents: &[Extent], pages: &mut impl Read) -> io::Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        for (offset, length) in pieces(extents, buffer.len() as u64) {
+            if offset + length > self.bytes {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "a page lies outside of the guest's memory"));
+            }
+            let piece = &mut buffer[..usize::try_from(length).expect("a piece is at most the buffer")];
+            pages.read_exact(piece)?;
+            self.memory.write_all_at(piece, self.start + offset)?;
+        }
+        Ok(())
+    }
+}
+
+/// Number of bytes that extents cover.
+pub fn extent_bytes(extents: &[Extent]) -> u64 {
+    extents.iter().map(|extent| extent.count * PAGE).sum()
+}
+
+/// Offsets and lengths in bytes, none longer than `limit`.
+fn pieces(extents: &[Extent], limit: u64) -> impl Iterator<Item = (u64, u64)> {
+    extents.iter().flat_map(move |extent| {
+        let (start, end) = (extent.first * PAGE, (extent.first + extent.count) * PAGE);
+        (start..end).step_by(usize::try_from(limit).unwrap_or(usize::MAX)).map(move |offset| (offset, limit.min(end - offset)))
+    })
+}
+
+/// Anonymous memory, present or swapped out: bits 63, 62 and 61 of an entry of pagemap(5).
+fn is_dirty(entry: u64) -> bool {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const FILE_OR_SHARED: u64 = 1 << 61;
+    entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0
+}
+
+/// Start of the mappings of `name` that follow one another and cover `bytes`.
+fn find_mapping(maps: &str, name: &str, bytes: u64) -> Option<u64> {
+    let mut run: Option<(u64, u64)> = None;
+    for line in maps.lines().filter(|line| line.contains(name)) {
+        let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        run = match run {
+            Some((first, last)) if last == start => Some((first, end)),
+            _ => Some((start, end)),
+        };
+        if let Some((first, last)) = run
+            && last - first == bytes
+        {
+            return Some(first);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_anonymous_pages_are_dirty() {
+        assert!(is_dirty(1 << 63));
+        assert!(is_dirty(1 << 62));
+        assert!(!is_dirty(1 << 63 | 1 << 61));
+        assert!(!is_dirty(0));
+    }
+
+    #[test]
+    fn a_split_mapping_is_found_whole() {
+        let maps = "7f0000000000-7f0000001000 rw-p 0 00:01 5 /memfd:hearth-image (deleted)\n\
+                    7f0000001000-7f0000004000 rw-p 1000 00:01 5 /memfd:hearth-image (deleted)\n\
+                    7f0000004000-7f0000005000 rw-p 0 00:00 0\n";
+        assert_eq!(find_mapping(maps, "/memfd:hearth-image", 0x4000), Some(0x7f00_0000_0000));
+        assert_eq!(find_mapping(maps, "/memfd:hearth-image", 0x5000), None);
+    }
+
+    #[test]
+    fn long_extents_are_cut_into_pieces() {
+        let extents = [Extent { first: 1, count: 3 }, Extent { first: 9, count: 1 }];
+        assert_eq!(pieces(&extents, 2 * PAGE).collect::<Vec<_>>(), [(4096, 8192), (12288, 4096), (36864, 4096)]);
+        assert_eq!(extent_bytes(&extents), 4 * PAGE);
+    }
+
+    #[test]
+    fn a_sealed_copy_keeps_holes_and_refuses_writes() {
+        let path = std::env::temp_dir().join(format!("hearth-memory-{}", uuid::Uuid::new_v4()));
+        let file = File::create_new(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(b"guest", 1 << 19).unwrap();
+        let copy = sealed_copy(&path, 1 << 20).unwrap();
+        let mut text = [0; 5];
+        copy.read_exact_at(&mut text, 1 << 19).unwrap();
+        assert_eq!(&text, b"guest");
+        assert_eq!(data_ranges(&copy).unwrap().len(), 1);
+        assert_eq!(copy.write_at(b"x", 0).unwrap_err().raw_os_error(), Some(nix::libc::EPERM));
+        assert_eq!(data_bytes(&path).unwrap(), 4096);
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn written_pages_of_a_private_mapping_are_saved_and_restored() {
+        let path = std::env::temp_dir().join(format!("hearth-memory-{}", uuid::Uuid::new_v4()));
+        let file = File::create_new(&path).unwrap();
+        file.write_all_at(&vec![1; 16 * 4096], 0).unwrap();
+        let copy = sealed_copy(&path, 16 * PAGE).unwrap();
+        fs::remove_file(&path).unwrap();
+        let length = std::num::NonZero::new(16 * 4096).unwrap();
+        let flags = (nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE, nix::sys::mman::MapFlags::MAP_PRIVATE);
+        // SAFETY: a new private mapping at an address of the kernel's choice; it is only reached through the raw pointer below.
+        let map = unsafe { nix::sys::mman::mmap(None, length, flags.0, flags.1, &copy, 0) }.unwrap().cast::<u8>();
+        // SAFETY: both offsets lie within the mapping of 16 pages.
+        unsafe { (map.add(3 * 4096).write(7), map.add(4 * 4096).write(8)) };
+
+        let mapping = Mapping::of(std::process::id(), 16 * PAGE).unwrap();
+        let extents = mapping.dirty().unwrap();
+        assert_eq!(extents, [Extent { first: 3, count: 2 }]);
+        let mut pages = Vec::new();
+        mapping.save(&extents, &mut pages).unwrap();
+        assert_eq!((pages.len(), pages[0], pages[1], pages[4096]), (8192, 7, 1, 8));
+
+        pages[0] = 9;
+        mapping.restore(&extents, &mut pages.as_slice()).unwrap();
+        // SAFETY: the offset lies within the mapping.
+        assert_eq!(unsafe { map.add(3 * 4096).read() }, 9);
+        let outside = [Extent { first: 16, count: 1 }];
+        assert!(mapping.restore(&outside, &mut pages.as_slice()).is_err());
+        // SAFETY: the mapping was made above with this length and nothing refers to it any more.
+        unsafe { nix::sys::mman::munmap(map.cast(), 16 * 4096) }.unwrap();
+    }
+}
