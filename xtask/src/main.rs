@@ -1,1 +1,71 @@
-fn main() {}
+//! The project's chores: `cargo xtask setup`, `kit`, `demo`, `test`, `bench`.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+mod checks;
+mod demo;
+mod host;
+mod kit;
+mod leftovers;
+mod process;
+mod python;
+mod server;
+mod shell;
+mod story;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::workspace::Workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's chores", max_term_width = 100)]
+enum Chore {
+    /// Install and make everything that building, testing and running need.
+    Setup,
+    /// Make the guest kit: kernel, initramfs and base image.
+    Kit,
+    /// Play the whole story with the AWS CLI and curl, each command shown with its answer and its time.
+    Demo,
+    /// Formatting, lints, unit tests, then whole-system tests with real MicroVMs.
+    Test {
+        /// Only the whole-system tests, with these arguments for pytest.
+        #[arg(last = true, value_name = "PYTEST ARGUMENTS")]
+        system: Option<Vec<String>>,
+    },
+    /// Measure how long launch, suspend and resume take.
+    Bench {
+        /// Times each path is measured; the median is reported.
+        #[arg(long, default_value_t = 20)]
+        rounds: u32,
+    },
+}
+
+fn main() -> ExitCode {
+    let chore = Chore::parse();
+    match carry_out(&chore) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cargo xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn carry_out(chore: &Chore) -> anyhow::Result<()> {
+    let workspace = Workspace::find()?;
+    match chore {
+        Chore::Setup => workspace.set_up().map(|_| ()),
+        Chore::Kit => {
+            host::ensure()?;
+            kit::ensure(&workspace.target.join("kit")).map(|_| ())
+        }
+        Chore::Demo => demo::run(&workspace),
+        Chore::Test { system: None } => checks::run(&workspace),
+        Chore::Test { system: Some(arguments) } => checks::run_system(&workspace, arguments),
+        Chore::Bench { rounds } => bench::run(&workspace, *rounds),
+    }
+}

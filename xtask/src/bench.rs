@@ -1,0 +1,32 @@
+//! `cargo xtask bench`: how long launch, suspend and resume take, measured from outside with the real clients.
+
+use std::{process::Command, time::Duration};
+
+use anyhow::Result;
+
+use crate::{process, server::Server, workspace::Workspace};
+
+const LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// Builds an image on a server of its own and measures each path `rounds` times.
+pub fn run(workspace: &Workspace, rounds: u32) -> Result<()> {
+    let tools = workspace.set_up()?;
+    process::run("building hearth", workspace.cargo().args(["build", "--release", "--package", "hearth"]), crate::workspace::BUILD_LIMIT)?;
+    let hearth = workspace.target.join("release/hearth");
+    let mut server = Server::start(&hearth, &workspace.target.join("build-cache"))?;
+    let mut script = Command::new(&tools.python);
+    script
+        .arg(workspace.root.join("tests/bench.py"))
+        .arg("--data-dir")
+        .arg(server.data_dir())
+        .args(["--rounds", &rounds.to_string()])
+        .current_dir(workspace.root.join("tests"))
+        .env("PYTHONDONTWRITEBYTECODE", "1");
+    let result = process::run("the measurements", &mut script, LIMIT);
+    if result.is_err() {
+        // What it wrote meanwhile is still in the pipe.
+        let _ = server.pause(Duration::from_millis(200));
+        eprintln!("The server's last words:\n{}", server.log());
+    }
+    server.stop().and(result)
+}

@@ -1,0 +1,133 @@
+//! The distribution's packages that Hearth needs, installed when they are missing.
+
+use std::{process::Command, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use nix::unistd::geteuid;
+
+use crate::process;
+
+/// Package, and a file that tells that it is there.
+const PACKAGES: &[(&str, &str)] = &[
+    ("buildah", "/usr/bin/buildah"),
+    ("ca-certificates", "/etc/ssl/certs/ca-certificates.crt"),
+    ("cpio", "/usr/bin/cpio"),
+    ("crun", "/usr/bin/crun"),
+    ("curl", "/usr/bin/curl"),
+    ("e2fsprogs", "/usr/sbin/mkfs.ext4"),
+    ("iproute2", "/usr/sbin/ip"),
+    ("kmod", "/usr/bin/kmod"),
+    ("libnss-myhostname", "/usr/lib/x86_64-linux-gnu/libnss_myhostname.so.2"),
+    ("mmdebstrap", "/usr/bin/mmdebstrap"),
+    ("nftables", "/usr/sbin/nft"),
+    ("procps", "/usr/bin/pgrep"),
+    ("zip", "/usr/bin/zip"),
+    ("zstd", "/usr/bin/zstd"),
+];
+
+const QEMU: &str = "qemu-system-x86";
+const QEMU_UTILS: &str = "qemu-utils";
+const APT_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// Installs what is missing. Says nothing when everything is there.
+pub fn ensure() -> Result<()> {
+    let mut wanted: Vec<String> =
+        PACKAGES.iter().filter(|(_, file)| !std::path::Path::new(file).exists()).map(|(name, _)| (*name).to_owned()).collect();
+    let pair = qemu_pair();
+    if wanted.is_empty() && matches!(&pair, Ok((emulator, img)) if emulator == img) {
+        return Ok(());
+    }
+    if !geteuid().is_root() {
+        wanted.extend(pair.is_err().then(|| format!("{QEMU} {QEMU_UTILS}")));
+        bail!("these packages are missing, and installing them needs root: {}", wanted.join(" "));
+    }
+    apt("updating the package lists", &["update"])?;
+    if !matches!(&pair, Ok((emulator, img)) if emulator == img) {
+        wanted.extend(qemu_packages()?);
+    }
+    println!("installing {}", wanted.join(" "));
+    let mut arguments = vec!["install", "--yes", "--no-install-recommends", "--allow-downgrades"];
+    arguments.extend(wanted.iter().map(String::as_str));
+    apt("installing packages", &arguments)?;
+    let (emulator, img) = qemu_pair()?;
+    if emulator != img {
+        bail!("QEMU is {emulator} but qemu-img is {img}: they must be of one version, because both write the same disk images");
+    }
+    Ok(())
+}
+
+/// Installs the module that makes virtual environments for the distribution's Python.
+pub fn ensure_python_venv() -> Result<()> {
+    if !geteuid().is_root() {
+        bail!("no Python 3 here can make virtual environments, and installing python3-venv needs root");
+    }
+    apt("updating the package lists", &["update"])?;
+    apt("installing packages", &["install", "--yes", "--no-install-recommends", "python3-venv"])
+}
+
+/// QEMU and qemu-img with versions. The two break each other's packages when their versions differ, and apt keeps a newer one of a
+/// backport that is already installed, so the version is always named: the candidate of the emulator.
+fn qemu_packages() -> Result<Vec<String>> {
+    let policy =
+        process::output("apt-cache", Command::new("apt-cache").env("LC_ALL", "C").args(["policy", QEMU]), Duration::from_secs(60))?;
+    let version = candidate(&policy).with_context(|| format!("the distribution offers no {QEMU}"))?;
+    let mut packages = vec![format!("{QEMU}={version}"), format!("{QEMU_UTILS}={version}")];
+    let common = "qemu-system-common";
+    let installed = Command::new("dpkg-query").args(["--show", common]).output().is_ok_and(|output| output.status.success());
+    if installed {
+        packages.push(format!("{common}={version}"));
+    }
+    Ok(packages)
+}
+
+fn candidate(policy: &str) -> Option<&str> {
+    policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: ")).filter(|version| *version != "(none)")
+}
+
+/// Versions of the emulator and of its disk image tool.
+fn qemu_pair() -> Result<(String, String)> {
+    Ok((qemu_version("qemu-system-x86_64")?, qemu_version("qemu-img")?))
+}
+
+fn qemu_version(program: &str) -> Result<String> {
+    let text = process::output(program, Command::new(program).arg("--version"), Duration::from_secs(30))?;
+    version_in(&text).map(str::to_owned).with_context(|| format!("{program} --version says {text:?}"))
+}
+
+/// The number after the word "version".
+fn version_in(text: &str) -> Option<&str> {
+    text.split_whitespace().skip_while(|word| *word != "version").nth(1)
+}
+
+fn apt(what: &str, arguments: &[&str]) -> Result<()> {
+    // Another apt may run on a fresh machine: wait for its lock instead of failing.
+    process::run(
+        what,
+        Command::new("apt-get")
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .args(["--quiet=2", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"])
+            .args(arguments),
+        APT_LIMIT,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_candidate_is_read_from_the_policy() {
+        let policy = "qemu-system-x86:\n  Installed: (none)\n  Candidate: 1:7.2+dfsg-7+deb12u18+b3\n  Version table:\n";
+        assert_eq!(candidate(policy), Some("1:7.2+dfsg-7+deb12u18+b3"));
+        assert_eq!(candidate("x:\n  Candidate: (none)\n"), None);
+        assert_eq!(candidate(""), None);
+    }
+
+    #[test]
+    fn both_tools_versions_compare() {
+        let emulator = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright (c) 2003-2022 Fabrice Bellard\n";
+        let img = "qemu-img version 10.0.2 (Debian 1:10.0.2+ds-2+deb13u1~bpo12+1)\n";
+        assert_eq!(version_in(emulator), Some("7.2.22"));
+        assert_eq!(version_in(img), Some("10.0.2"));
+    }
+}
