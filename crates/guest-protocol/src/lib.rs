@@ -27,7 +27,7 @@ pub mod message;
 pub mod mux;
 pub mod wire;
 
-pub use marker::{BOOT_MARKER, Marker, await_marker};
+pub use marker::{BOOT_MARKER, Marker, MarkerTrigger, MarkerWatch, await_marker};
 pub use message::{App, DialReply, ExitStatus, GuestMessage, Hello, HostMessage, LogRecord, LogSource, Network, Ready, StreamHeader};
 pub use mux::{Mux, MuxError, Stream};
 pub use wire::{WireError, read_message, write_message};

@@ -1,8 +1,16 @@
 //! Markers: random bytes that say where one session ends and the next begins.
 
-use std::io;
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll, ready},
+};
 
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    sync::oneshot,
+};
 
 /// A point in the byte stream that nothing in flight can be mistaken for.
 pub type Marker = [u8; 16];
@@ -28,9 +36,146 @@ pub async fn await_marker(reader: &mut (impl AsyncRead + Unpin), marker: &Marker
     Ok(())
 }
 
+/// Watches what a session reads for the marker that ends it. The session sees the end of the stream where the marker begins.
+#[derive(Debug)]
+pub struct MarkerWatch<T> {
+    io: T,
+    armed: Arc<Mutex<Option<Armed>>>,
+    /// Read, but not yet handed on: it may be the beginning of the marker.
+    held: Vec<u8>,
+    /// How much of the beginning of `held` is certainly not.
+    clean: usize,
+    over: bool,
+}
+
+/// Arms a [`MarkerWatch`] whose session is running.
+#[derive(Debug, Clone)]
+pub struct MarkerTrigger(Arc<Mutex<Option<Armed>>>);
+
+#[derive(Debug)]
+struct Armed {
+    marker: Marker,
+    found: Option<oneshot::Sender<()>>,
+}
+
+impl<T> MarkerWatch<T> {
+    /// Wraps the session's connection.
+    pub fn new(io: T) -> (Self, MarkerTrigger) {
+        let armed = Arc::new(Mutex::new(None));
+        (Self { io, armed: armed.clone(), held: Vec::new(), clean: 0, over: false }, MarkerTrigger(armed))
+    }
+}
+
+impl MarkerTrigger {
+    /// Begins to look for the marker. To be called before the peer learns of it; resolves when the marker has been read.
+    pub fn arm(&self, marker: Marker) -> oneshot::Receiver<()> {
+        let (found, seen) = oneshot::channel();
+        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Armed { marker, found: Some(found) });
+        seen
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for MarkerWatch<T> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self.get_mut();
+        loop {
+            if this.clean > 0 {
+                let handed = this.clean.min(buffer.remaining());
+                buffer.put_slice(&this.held[..handed]);
+                this.held.drain(..handed);
+                this.clean -= handed;
+                return Poll::Ready(Ok(()));
+            }
+            if this.over {
+                return Poll::Ready(Ok(()));
+            }
+            let mut chunk = [0; 4096];
+            let room = chunk.len().min(buffer.remaining());
+            let mut read = ReadBuf::new(&mut chunk[..room]);
+            ready!(Pin::new(&mut this.io).poll_read(cx, &mut read))?;
+            let read = read.filled();
+            let mut armed = this.armed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let Some(armed) = armed.as_mut() else {
+                buffer.put_slice(read);
+                return Poll::Ready(Ok(()));
+            };
+            this.over = read.is_empty();
+            this.held.extend_from_slice(read);
+            let begins = |start: &usize| {
+                let rest = &this.held[*start..];
+                rest.starts_with(&armed.marker) || armed.marker.starts_with(rest)
+            };
+            this.clean = (0..this.held.len()).find(begins).unwrap_or(this.held.len());
+            if this.held[this.clean..].starts_with(&armed.marker) {
+                this.over = true;
+                if let Some(found) = armed.found.take() {
+                    let _ = found.send(());
+                }
+            }
+        }
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for MarkerWatch<T> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().io).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_session_ends_where_its_marker_begins() {
+        let marker = *b"aabaabaaabaabaac";
+        for chunk in [1, 3, 7, 64] {
+            let (mut peer, io) = tokio::io::duplex(256);
+            let (mut session, trigger) = MarkerWatch::new(io);
+            peer.write_all(b"before").await.unwrap();
+            let mut read = [0; 6];
+            session.read_exact(&mut read).await.unwrap();
+            let seen = trigger.arm(marker);
+            let input = [b"frames aabaab aabaabaaabaab".as_slice(), &marker, b"x"].concat();
+            let reader = tokio::spawn(async move {
+                let mut rest = Vec::new();
+                session.read_to_end(&mut rest).await.unwrap();
+                rest
+            });
+            for piece in input.chunks(chunk) {
+                // After the marker nobody may be left to read.
+                let _ = peer.write_all(piece).await;
+                tokio::task::yield_now().await;
+            }
+            seen.await.unwrap();
+            assert_eq!(reader.await.unwrap(), b"frames aabaab aabaabaaabaab", "in chunks of {chunk}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_connection_is_not_a_marker() {
+        let (mut peer, io) = tokio::io::duplex(256);
+        let (mut session, trigger) = MarkerWatch::new(io);
+        let seen = trigger.arm(*b"0123456789abcdef");
+        peer.write_all(b"rest 01234").await.unwrap();
+        drop(peer);
+        let mut rest = Vec::new();
+        session.read_to_end(&mut rest).await.unwrap();
+        assert!(rest.starts_with(b"rest "));
+        drop(session);
+        drop(trigger);
+        assert!(seen.await.is_err());
+    }
 
     async fn rest_after(input: &[u8]) -> io::Result<Vec<u8>> {
         let mut input = input;
