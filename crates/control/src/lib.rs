@@ -5,9 +5,14 @@
 #![forbid(unsafe_code)]
 
 pub mod arn;
+mod control;
 pub mod error;
+pub mod logs;
 pub mod plane;
+mod settings;
 pub mod token;
 pub mod types;
 
+pub use control::{Control, Deps, StartError};
 pub use error::ControlError;
+pub use settings::Settings;

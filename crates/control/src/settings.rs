@@ -1,0 +1,47 @@
+//! What an operator may set about the domain.
+
+use std::{path::PathBuf, time::Duration};
+
+/// Settings of [`crate::Control`].
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The data directory: `images/`, `microvms/`, `tmp/` and `keys/` are kept in it.
+    pub data_dir: PathBuf,
+    /// Domain under which the endpoints' names are: `<uuid>.lambda-microvm.<region>.<domain>`.
+    pub domain: String,
+    /// Builds that run at once, at least 1; others wait in `PENDING`.
+    pub max_concurrent_builds: usize,
+    /// Longest time an image's first boot may take.
+    pub boot_timeout: Duration,
+    /// Longest time from the start of an image's app until it accepts connections.
+    pub ready_timeout: Duration,
+    /// Longest time that a request is held while its MicroVM wakes.
+    pub wake_timeout: Duration,
+    /// How long terminated MicroVMs stay in lists.
+    pub terminated_retention: Duration,
+    /// Longest time that [`crate::Control::shutdown`] spends on suspending MicroVMs.
+    pub shutdown_timeout: Duration,
+    /// Host memory in MiB that is never promised to a MicroVM.
+    pub memory_reserve_mib: u64,
+    /// Largest code artifact, in bytes.
+    pub max_artifact_bytes: u64,
+}
+
+impl Settings {
+    /// The defaults for a data directory.
+    pub fn new(data_dir: PathBuf) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self {
+            data_dir,
+            domain: "localhost".to_owned(),
+            max_concurrent_builds: if cores <= 2 { 1 } else { 2 },
+            boot_timeout: Duration::from_secs(180),
+            ready_timeout: Duration::from_secs(300),
+            wake_timeout: Duration::from_secs(60),
+            terminated_retention: Duration::from_secs(24 * 3600),
+            shutdown_timeout: Duration::from_secs(60),
+            memory_reserve_mib: 256,
+            max_artifact_bytes: 1 << 30,
+        }
+    }
+}
