@@ -4,8 +4,12 @@
 
 #![forbid(unsafe_code)]
 
+mod archive;
 mod builder;
+mod config;
 mod error;
+mod lines;
+mod process;
 
 use std::{path::PathBuf, time::Duration};
 
