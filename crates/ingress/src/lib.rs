@@ -1,1 +1,34 @@
-//! stub
+//! The endpoint proxy: what stands between a client and the application in a MicroVM (SPEC section 10).
+//!
+//! ```text
+//! TLS ─▶ authenticate ─▶ hold while waking ─▶ route to a port ─▶ copy bytes and meter them
+//! listen,        host,         DataPlane::connect    proxy, headers,     body, meter,
+//! certificates   credentials                         upgrade             tunnel, linger
+//! ```
+//!
+//! Nothing here knows what a MicroVM is: [`hearth_control::plane::DataPlane`] decides who may talk to which port and hands out a
+//! stream to it, waking whoever sleeps.
+
+#![forbid(unsafe_code)]
+
+mod body;
+mod bundle;
+mod ca;
+mod certificates;
+mod credentials;
+mod error;
+mod files;
+mod headers;
+mod host;
+mod linger;
+mod listen;
+mod meter;
+mod proxy;
+mod tunnel;
+mod upgrade;
+
+pub use bundle::{system_bundle, write_bundle};
+pub use ca::{CaError, LocalCa};
+pub use certificates::{EndpointCertificates, server_config};
+pub use error::Side;
+pub use listen::{IngressConfig, serve};
