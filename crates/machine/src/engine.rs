@@ -45,8 +45,9 @@ pub trait Machine: Send + Sync {
     /// A handle that connects to ports of the guest, for as long as this machine runs.
     fn dialer(&self) -> Arc<dyn Dial>;
 
-    /// What happens in the machine, in order. Can be taken once; `None` after that.
-    fn take_events(&mut self) -> Option<mpsc::UnboundedReceiver<MachineEvent>>;
+    /// What happens in the machine, in order. Can be taken once; `None` after that. A reader that is slow to take log records slows their
+    /// delivery down, never the guest: it drops and counts what does not fit.
+    fn take_events(&mut self) -> Option<mpsc::Receiver<MachineEvent>>;
 
     /// Stops the machine and makes it the snapshot in `into`, a directory that does not exist yet. The machine ends either way.
     async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError>;

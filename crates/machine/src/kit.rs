@@ -4,11 +4,14 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
+
+use crate::memory::data_ranges;
 
 /// Version of the kit's layout.
 pub const FORMAT: u32 = 1;
@@ -126,6 +129,27 @@ impl Kit {
 pub(crate) fn sha256(mut reader: impl io::Read) -> io::Result<String> {
     let mut hasher = Sha256::new();
     io::copy(&mut reader, &mut hasher)?;
+    Ok(hex(&hasher.finalize()))
+}
+
+/// SHA-256 of the parts of a file that are not holes, each with its offset before it, in hexadecimal: a sparse file of many gigabytes costs
+/// only what it holds.
+pub(crate) fn sha256_data(file: &File) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    for (start, end) in data_ranges(file)? {
+        hasher.update(start.to_le_bytes());
+        let mut position = start;
+        while position < end {
+            let wanted = usize::try_from(end - position).unwrap_or(usize::MAX).min(buffer.len());
+            let read = file.read_at(&mut buffer[..wanted], position)?;
+            if read == 0 {
+                break;
+            }
+            hasher.update(&buffer[..read]);
+            position += read as u64;
+        }
+    }
     Ok(hex(&hasher.finalize()))
 }
 

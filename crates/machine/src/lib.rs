@@ -7,6 +7,9 @@ pub mod engine;
 pub mod kit;
 mod memory;
 pub mod network;
+pub mod probe;
+pub mod qemu;
+mod session;
 pub mod snapshot;
 
 pub use engine::{

@@ -5,7 +5,7 @@
 //! writes it back into a fresh clone.
 
 use std::{
-    ffi::CString,
+    ffi::CStr,
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom, Write},
     os::{fd::AsFd, unix::fs::FileExt},
@@ -31,10 +31,12 @@ pub struct Extent {
     pub count: u64,
 }
 
+/// Name of anonymous files with an image's memory, as `/proc/PID/maps` shows it after `/memfd:`.
+pub const NAME: &CStr = c"hearth-image";
+
 /// Copies a memory file into an anonymous file that nobody can change any more. Holes stay holes.
 pub fn sealed_copy(path: &Path, size: u64) -> io::Result<File> {
-    let name = CString::new("hearth-image").expect("the name has no zero byte");
-    let mut copy = File::from(memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    let mut copy = File::from(memfd_create(NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     copy.set_len(size)?;
     let mut memory = File::open(path)?;
     for (start, end) in data_ranges(&memory)? {
@@ -42,13 +44,37 @@ pub fn sealed_copy(path: &Path, size: u64) -> io::Result<File> {
         copy.seek(SeekFrom::Start(start))?;
         io::copy(&mut Read::by_ref(&mut memory).take(end.min(size) - start), &mut copy)?;
     }
-    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&copy, FcntlArg::F_ADD_SEALS(seals))?;
+    seal(&copy)?;
     Ok(copy)
 }
 
+/// Makes an anonymous file immutable for good. Fails while somebody maps it shared and writable.
+pub fn seal(file: &File) -> io::Result<()> {
+    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(file, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(())
+}
+
+/// Writes what a file of guest memory holds to a new file, and returns the number of bytes. Pages of zeros become holes.
+pub fn copy_data(memory: &File, path: &Path) -> io::Result<u64> {
+    let copy = File::create_new(path)?;
+    copy.set_len(memory.metadata()?.len())?;
+    let mut page = [0; PAGE as usize];
+    let mut written = 0;
+    for (start, end) in data_ranges(memory)? {
+        for offset in (start..end).step_by(page.len()) {
+            memory.read_exact_at(&mut page, offset)?;
+            if page.iter().any(|byte| *byte != 0) {
+                copy.write_all_at(&page, offset)?;
+                written += PAGE;
+            }
+        }
+    }
+    Ok(written)
+}
+
 /// The parts of a file that are not holes, as start and end offsets.
-fn data_ranges(file: &File) -> io::Result<Vec<(u64, u64)>> {
+pub fn data_ranges(file: &File) -> io::Result<Vec<(u64, u64)>> {
     let mut ranges = Vec::new();
     let mut position = 0;
     loop {

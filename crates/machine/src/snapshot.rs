@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use hearth_guest_protocol::Marker;
 use serde::{Deserialize, Serialize};
 
 /// Version of the snapshot directory's layout.
@@ -22,6 +23,8 @@ pub const DEVICE_STATE: &str = "device-state";
 pub const ROOTFS: &str = "rootfs.img";
 /// What the boot wrote over the root file system.
 pub const BOOT_OVERLAY: &str = "boot.qcow2";
+/// An overlay that holds nothing: copied for each clone.
+pub const EMPTY_OVERLAY: &str = "empty.qcow2";
 const MANIFEST: &str = "manifest.json";
 
 /// What a snapshot depends on to be launched. All of it must be the same.
@@ -56,13 +59,15 @@ pub struct SnapshotManifest {
     pub memory_mib: u32,
     /// Checksum of the guest kit that booted it.
     pub kit: String,
+    /// Begins the session of a clone; the one that ended the session before the capture.
+    pub marker: Marker,
     /// Bytes of the memory file that are not holes.
     pub memory_bytes: u64,
     /// Bytes of device state.
     pub device_state_bytes: u64,
     /// Bytes of the disk that the boot wrote.
     pub disk_bytes: u64,
-    /// SHA-256 of each file, by name, in hexadecimal. Checked when a snapshot is adopted, not when it is launched.
+    /// SHA-256 of each file's data (holes left out), by name, in hexadecimal. Never checked on the launch path.
     pub sha256: std::collections::BTreeMap<String, String>,
 }
 
@@ -110,6 +115,14 @@ pub enum SnapshotError {
         /// What differs.
         reason: String,
     },
+    /// the state that a suspend left cannot be used
+    #[error("the suspended state {path} is damaged: {reason}; the MicroVM cannot be resumed")]
+    SuspendedDamaged {
+        /// The state's directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// the snapshot was made on another platform
     #[error("the snapshot was made by {made}, this host runs {here}: rebuild the image")]
     Platform {
@@ -133,7 +146,7 @@ impl Snapshot {
         let snapshot = Self { dir: dir.to_owned(), manifest };
         snapshot.expect_size(MEMORY, u64::from(snapshot.manifest.memory_mib) << 20)?;
         snapshot.expect_size(DEVICE_STATE, snapshot.manifest.device_state_bytes)?;
-        for name in [ROOTFS, BOOT_OVERLAY] {
+        for name in [ROOTFS, BOOT_OVERLAY, EMPTY_OVERLAY] {
             snapshot.size_of(name)?;
         }
         Ok(snapshot)

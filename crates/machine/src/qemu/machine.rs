@@ -1,0 +1,319 @@
+//! A running QEMU machine, and how its life ends: captured, suspended or killed.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufReader, BufWriter, Write},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use hearth_guest_protocol::{App, Marker};
+use serde::{Deserialize, Serialize};
+use tokio::{sync::mpsc, time::timeout};
+
+use super::{Failure, NEXT_STATE, OVERLAY, Shared, create_overlay, process::Process, qmp::Qmp};
+use crate::{
+    engine::{CaptureError, Dial, GuestError, Machine, MachineEvent, SuspendError, Suspended},
+    kit::sha256_data,
+    memory::{self, Extent, Mapping},
+    network::Slot,
+    session::Session,
+    snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS, Snapshot, SnapshotError, SnapshotManifest},
+};
+
+/// How long QEMU may take to end after it was told to. It has only to close its files.
+const QUIT: Duration = Duration::from_secs(10);
+
+/// What a machine is made of.
+pub struct Parts {
+    pub id: String,
+    pub dir: PathBuf,
+    pub process: Process,
+    pub qmp: Qmp,
+    pub session: Session,
+    pub slot: Slot,
+    pub state_path: String,
+    pub origin: Origin,
+    pub generation: u64,
+    pub engine: Arc<Shared>,
+}
+
+/// Where a machine's memory comes from.
+pub enum Origin {
+    /// It was booted: its memory is this file's.
+    Boot { memory: File, rootfs: PathBuf, vcpus: u8, memory_mib: u32 },
+    /// It is a clone: it maps this many bytes of its image privately.
+    Clone { _image: Arc<File>, mapped: u64 },
+}
+
+/// A running machine.
+pub struct QemuMachine {
+    parts: Parts,
+    events: Option<mpsc::Receiver<MachineEvent>>,
+    /// Set before the host ends the machine: its end is no news then.
+    closing: Arc<AtomicBool>,
+}
+
+impl QemuMachine {
+    /// Takes over a machine whose guest is ready.
+    pub async fn run(parts: Parts, events: mpsc::Sender<MachineEvent>, receiver: mpsc::Receiver<MachineEvent>) -> Self {
+        let closing = Arc::new(AtomicBool::new(false));
+        let exited = parts.process.exit_watch();
+        let broken = parts.session.take_end().await;
+        let expected = closing.clone();
+        tokio::spawn(async move {
+            let broken = async {
+                let by_guest = match broken {
+                    Some(broken) => broken.await.is_ok(),
+                    None => false,
+                };
+                if !by_guest {
+                    // The host ended the session, and will end the process.
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::pin!(exited);
+            let reason = tokio::select! {
+                reason = &mut exited => reason,
+                () = broken => {
+                    // A session that breaks because its process ended is better explained by the process.
+                    timeout(Duration::from_secs(1), &mut exited).await.unwrap_or_else(|_| "the guest broke its session off".into())
+                }
+            };
+            if !expected.load(Ordering::Acquire) {
+                let _ = events.send(MachineEvent::Died { reason: reason.to_string() }).await;
+            }
+        });
+        Self { parts, events: Some(receiver), closing }
+    }
+
+    fn expect_end(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+}
+
+#[async_trait]
+impl Machine for QemuMachine {
+    async fn start_app(&self, app: App) -> Result<(), GuestError> {
+        self.parts.session.start(app).await
+    }
+
+    fn dialer(&self) -> Arc<dyn Dial> {
+        self.parts.session.dialer()
+    }
+
+    fn take_events(&mut self) -> Option<mpsc::Receiver<MachineEvent>> {
+        self.events.take()
+    }
+
+    async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError> {
+        self.expect_end();
+        let parts = self.parts;
+        let Origin::Boot { memory, rootfs, vcpus, memory_mib } = parts.origin else {
+            return Err(CaptureError::Monitor("only a machine that was booted can be captured".to_owned()));
+        };
+        let marker = parts.session.detach().await?;
+        freeze(&parts.qmp, &parts.state_path).await?;
+        end(parts.process, &parts.qmp).await;
+        let disk_bytes = fs::metadata(&rootfs).map_err(Failure::of("opening", &rootfs))?.len();
+        let draft = draft_of(&into);
+        let _ = fs::remove_dir_all(&draft);
+        fs::create_dir_all(&draft).map_err(Failure::of("creating", &draft))?;
+        create_overlay(&parts.engine.image_program, &draft.join(EMPTY_OVERLAY), disk_bytes).await?;
+        let engine = parts.engine.clone();
+        let write = {
+            let (draft, into) = (draft.clone(), into.clone());
+            move || -> io::Result<(Snapshot, File)> {
+                let memory_bytes = memory::copy_data(&memory, &draft.join(MEMORY))?;
+                fs::rename(parts.dir.join(NEXT_STATE), draft.join(DEVICE_STATE))?;
+                fs::rename(parts.dir.join(OVERLAY), draft.join(BOOT_OVERLAY))?;
+                fs::hard_link(&rootfs, draft.join(ROOTFS))?;
+                let mut checksums = std::collections::BTreeMap::new();
+                for name in [MEMORY, DEVICE_STATE, BOOT_OVERLAY, EMPTY_OVERLAY, ROOTFS] {
+                    let file = File::open(draft.join(name))?;
+                    keep_for_root(&file)?;
+                    file.sync_all()?;
+                    checksums.insert(name.to_owned(), sha256_data(&file)?);
+                }
+                let manifest = SnapshotManifest {
+                    format: FORMAT,
+                    platform: engine.platform.clone(),
+                    vcpus,
+                    memory_mib,
+                    kit: engine.kit_checksum.clone(),
+                    marker,
+                    memory_bytes,
+                    device_state_bytes: fs::metadata(draft.join(DEVICE_STATE))?.len(),
+                    disk_bytes: memory::data_bytes(&draft.join(BOOT_OVERLAY))?,
+                    sha256: checksums,
+                };
+                memory::seal(&memory)?;
+                Ok((Snapshot::publish(&draft, &into, manifest)?, memory))
+            }
+        };
+        let written = tokio::task::spawn_blocking(write).await.map_err(io::Error::other).flatten();
+        match written {
+            Ok((snapshot, memory)) => {
+                parts.engine.images.insert(&snapshot, memory).await;
+                Ok(snapshot)
+            }
+            Err(source) => {
+                let _ = fs::remove_dir_all(&draft);
+                Err(Failure::Host { what: format!("writing the snapshot {}", into.display()), source }.into())
+            }
+        }
+    }
+
+    async fn suspend(self: Box<Self>) -> Result<Suspended, SuspendError> {
+        self.expect_end();
+        let parts = self.parts;
+        let Origin::Clone { mapped, .. } = parts.origin else {
+            return Err(SuspendError::Monitor("only a clone of a snapshot can be suspended".to_owned()));
+        };
+        let marker = parts.session.detach().await?;
+        freeze(&parts.qmp, &parts.state_path).await?;
+        let (dir, pid, generation) = (parts.dir.clone(), parts.process.pid, parts.generation);
+        let write = move || SuspendedState::write(&dir, &Mapping::of(pid, mapped)?, marker, generation);
+        let written = tokio::task::spawn_blocking(write).await.map_err(io::Error::other).flatten();
+        end(parts.process, &parts.qmp).await;
+        drop(parts.slot);
+        Ok(written.map_err(Failure::of("writing the suspended state to", &parts.dir))?)
+    }
+
+    async fn kill(self: Box<Self>) {
+        self.expect_end();
+        self.parts.process.kill().await;
+        tracing::debug!(id = self.parts.id, "killed");
+    }
+}
+
+/// Stops the machine and writes its device state.
+async fn freeze(qmp: &Qmp, state_path: &str) -> Result<(), Failure> {
+    qmp.stop().await.map_err(Failure::monitor)?;
+    qmp.save(state_path.to_owned()).await.map_err(Failure::monitor)
+}
+
+/// Ends a process that has nothing left to do.
+async fn end(process: Process, qmp: &Qmp) {
+    let quit = async {
+        // QEMU may close the monitor before it has answered: what counts is that it ends.
+        let _ = qmp.quit().await;
+        process.wait().await;
+    };
+    if timeout(QUIT, quit).await.is_err() {
+        tracing::warn!(pid = process.pid, "QEMU did not end by itself within {} s and is killed", QUIT.as_secs());
+    }
+    process.kill().await;
+}
+
+/// Directory in which a snapshot is written before it has its name.
+fn draft_of(into: &Path) -> PathBuf {
+    let name = into.file_name().unwrap_or_default().to_string_lossy();
+    into.with_file_name(format!(".{name}.draft"))
+}
+
+/// Takes a file back from the user that a machine ran as, for everyone to read and nobody to change.
+fn keep_for_root(file: &File) -> io::Result<()> {
+    use std::os::unix::fs::{PermissionsExt, fchown};
+    fchown(file, Some(nix::unistd::geteuid().as_raw()), Some(nix::unistd::getegid().as_raw()))?;
+    file.set_permissions(fs::Permissions::from_mode(0o444))
+}
+
+/// What a suspend leaves in a machine's directory.
+#[derive(Debug)]
+pub struct SuspendedState {
+    dir: PathBuf,
+    manifest: SuspendedManifest,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SuspendedManifest {
+    format: u32,
+    generation: u64,
+    /// Begins the next session.
+    marker: Marker,
+    /// Pages that differ from the snapshot, in the order in which they follow one another in the file of pages.
+    extents: Vec<Extent>,
+    device_state_bytes: u64,
+}
+
+const SUSPENDED: &str = "suspended";
+const SUSPENDED_MANIFEST: &str = "manifest.json";
+const PAGES: &str = "pages";
+
+impl SuspendedState {
+    /// Writes the state of a stopped machine. It has its name when all of it is on disk.
+    fn write(dir: &Path, mapping: &Mapping, marker: Marker, generation: u64) -> io::Result<Suspended> {
+        let draft = dir.join("suspended.draft");
+        let _ = fs::remove_dir_all(&draft);
+        fs::create_dir(&draft)?;
+        let extents = mapping.dirty()?;
+        let mut pages = BufWriter::with_capacity(1 << 20, File::create_new(draft.join(PAGES))?);
+        mapping.save(&extents, &mut pages)?;
+        pages.into_inner().map_err(io::IntoInnerError::into_error)?.sync_data()?;
+        let state = File::open(dir.join(NEXT_STATE))?;
+        state.sync_data()?;
+        fs::rename(dir.join(NEXT_STATE), draft.join(DEVICE_STATE))?;
+        let device_state_bytes = state.metadata()?.len();
+        let dirty_bytes = memory::extent_bytes(&extents);
+        let manifest = SuspendedManifest { format: FORMAT, generation, marker, extents, device_state_bytes };
+        let mut file = File::create_new(draft.join(SUSPENDED_MANIFEST))?;
+        file.write_all(&serde_json::to_vec(&manifest)?)?;
+        file.sync_data()?;
+        fs::rename(&draft, dir.join(SUSPENDED))?;
+        File::open(dir)?.sync_all()?;
+        Ok(Suspended { dirty_bytes, device_state_bytes })
+    }
+
+    /// Opens what [`SuspendedState::write`] wrote.
+    pub fn open(machine_dir: &Path) -> Result<Self, SnapshotError> {
+        let dir = machine_dir.join(SUSPENDED);
+        let path = dir.join(SUSPENDED_MANIFEST);
+        let io_error = |path: &Path, source| SnapshotError::Io { what: format!("opening {}", path.display()), source };
+        let text = fs::read(&path).map_err(|source| io_error(&path, source))?;
+        let damaged = |reason: String| SnapshotError::SuspendedDamaged { path: dir.clone(), reason };
+        let manifest: SuspendedManifest = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        if manifest.format != FORMAT {
+            return Err(damaged(format!("its format is {}, this version of Hearth reads {FORMAT}", manifest.format)));
+        }
+        for (name, expected) in [(PAGES, memory::extent_bytes(&manifest.extents)), (DEVICE_STATE, manifest.device_state_bytes)] {
+            let path = dir.join(name);
+            let found = fs::metadata(&path).map_err(|source| io_error(&path, source))?.len();
+            if found != expected {
+                return Err(damaged(format!("{name} has {found} bytes instead of {expected}")));
+            }
+        }
+        Ok(Self { dir, manifest })
+    }
+
+    /// Path of the device state.
+    pub fn device_state(&self) -> PathBuf {
+        self.dir.join(DEVICE_STATE)
+    }
+
+    /// Begins the next session.
+    pub fn marker(&self) -> Marker {
+        self.manifest.marker
+    }
+
+    /// Writes the pages into a fresh clone.
+    pub fn restore(&self, mapping: &Mapping) -> io::Result<()> {
+        let pages = File::open(self.dir.join(PAGES))?;
+        mapping.restore(&self.manifest.extents, &mut BufReader::with_capacity(1 << 20, pages))
+    }
+
+    /// Removes the state, if there is one. It is invalid from the first moment, even if not all of it can be removed.
+    pub fn discard(machine_dir: &Path) -> io::Result<()> {
+        let stale = machine_dir.join("suspended.stale");
+        match fs::rename(machine_dir.join(SUSPENDED), &stale) {
+            Ok(()) => fs::remove_dir_all(&stale),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! QEMU's monitor protocol, as far as this driver speaks it.
+
+use std::{io, os::unix::net::UnixStream as StdUnixStream, time::Duration};
+
+use futures::StreamExt;
+use qapi::{
+    futures::{QapiService, QmpStreamTokio},
+    qmp::{self, Event, MigrationCapability, MigrationCapabilityStatus, MigrationStatus, QmpCommand},
+};
+use tokio::{io::WriteHalf, net::UnixStream, sync::watch, task::JoinHandle, time::timeout};
+
+/// How long QEMU may take for one command. All of them take milliseconds; a busy host makes them take longer.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// QEMU did not do what it was told.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// the command was refused
+    #[error("QEMU refused {command}: {reason}")]
+    Refused {
+        /// Name of the command.
+        command: &'static str,
+        /// QEMU's words.
+        reason: String,
+    },
+    /// no answer in time
+    #[error("QEMU did not answer {command} within {} s", ANSWER.as_secs())]
+    Timeout {
+        /// Name of the command.
+        command: &'static str,
+    },
+    /// the state did not load
+    #[error("QEMU did not load the device state: migration {0:?}")]
+    Load(MigrationStatus),
+}
+
+/// A connection to one QEMU's monitor.
+pub struct Qmp {
+    service: QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>,
+    migration: watch::Receiver<Option<MigrationStatus>>,
+    reader: JoinHandle<()>,
+}
+
+impl Qmp {
+    /// Waits for QEMU's greeting, which it sends when all its devices are there.
+    pub async fn connect(socket: StdUnixStream) -> Result<Self, QmpError> {
+        let refused = |error: io::Error| QmpError::Refused { command: "the connection", reason: error.to_string() };
+        let greet = async {
+            socket.set_nonblocking(true)?;
+            let (reader, writer) = tokio::io::split(UnixStream::from_std(socket)?);
+            QmpStreamTokio::open_split(reader, writer).await?.negotiate().await
+        };
+        let stream = timeout(ANSWER, greet).await.map_err(|_| QmpError::Timeout { command: "the greeting" })?.map_err(refused)?;
+        let (service, mut events) = stream.into_parts();
+        let (report, migration) = watch::channel(None);
+        let reader = tokio::spawn(async move {
+            while let Some(Ok(event)) = events.next().await {
+                if let Event::MIGRATION { data, .. } = event {
+                    report.send_replace(Some(data.status));
+                }
+            }
+        });
+        Ok(Self { service, migration, reader })
+    }
+
+    /// Loads device state from a descriptor that QEMU inherited.
+    pub async fn load(&self, descriptor: i32) -> Result<(), QmpError> {
+        let events = MigrationCapabilityStatus { capability: MigrationCapability::events, state: true };
+        self.execute(qmp::migrate_set_capabilities { capabilities: vec![events] }).await?;
+        let mut migration = self.migration.clone();
+        self.execute(qmp::migrate_incoming { uri: Some(format!("fd:{descriptor}")), channels: None, exit_on_error: None }).await?;
+        let over = |status: &Option<MigrationStatus>| matches!(status, Some(MigrationStatus::completed | MigrationStatus::failed));
+        let status = timeout(ANSWER, migration.wait_for(over)).await.map_err(|_| QmpError::Timeout { command: "migrate-incoming" })?;
+        match status.as_deref() {
+            Ok(Some(MigrationStatus::completed)) => Ok(()),
+            Ok(Some(status)) => Err(QmpError::Load(*status)),
+            Ok(None) | Err(_) => Err(QmpError::Load(MigrationStatus::failed)),
+        }
+    }
+
+    /// Writes device state to a file.
+    pub async fn save(&self, path: String) -> Result<(), QmpError> {
+        self.execute(qmp::xen_save_devices_state { live: None, filename: path }).await
+    }
+
+    /// Stops the virtual processors and flushes the disks.
+    pub async fn stop(&self) -> Result<(), QmpError> {
+        self.execute(qmp::stop {}).await
+    }
+
+    /// Lets the virtual processors run.
+    pub async fn cont(&self) -> Result<(), QmpError> {
+        self.execute(qmp::cont {}).await
+    }
+
+    /// Ends QEMU.
+    pub async fn quit(&self) -> Result<(), QmpError> {
+        self.execute(qmp::quit {}).await
+    }
+
+    async fn execute<C: QmpCommand + 'static>(&self, command: C) -> Result<(), QmpError> {
+        let answer = timeout(ANSWER, self.service.execute(command)).await.map_err(|_| QmpError::Timeout { command: C::NAME })?;
+        answer.map(drop).map_err(|error| QmpError::Refused { command: C::NAME, reason: error.to_string() })
+    }
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+impl std::fmt::Debug for Qmp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Qmp").finish_non_exhaustive()
+    }
+}

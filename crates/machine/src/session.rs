@@ -1,0 +1,228 @@
+//! The host's side of a session with a guest: from the marker and `Hello` to `Detach` and the marker that answers it.
+
+use std::{
+    io,
+    os::unix::net::UnixStream as StdUnixStream,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use async_trait::async_trait;
+use hearth_guest_protocol::{
+    self as protocol, App, DialReply, GuestMessage, Hello, HostMessage, LogRecord, Marker, MarkerTrigger, MarkerWatch, Mux, Network, Ready,
+    Stream, StreamHeader, read_message, write_message,
+};
+use tokio::{
+    io::{AsyncWriteExt, ReadHalf, WriteHalf},
+    net::UnixStream,
+    sync::{Mutex, mpsc, oneshot, watch},
+    task::AbortHandle,
+    time::timeout,
+};
+
+use crate::engine::{Dial, DialError, GuestError, GuestStream, MachineEvent};
+
+/// How long a guest may take to let go of a session, or to start a process, or to answer a connection.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Who the guest is in this life.
+#[derive(Debug)]
+pub struct Identity {
+    pub vm_id: String,
+    pub generation: u64,
+    pub network: Option<Network>,
+}
+
+/// An open session.
+#[derive(Debug)]
+pub struct Session {
+    control: Mutex<WriteHalf<Stream>>,
+    started: watch::Receiver<Option<Result<(), String>>>,
+    dialer: Arc<SessionDialer>,
+    trigger: MarkerTrigger,
+    driver: AbortHandle,
+    ended: Mutex<Option<oneshot::Receiver<()>>>,
+}
+
+#[derive(Debug)]
+struct SessionDialer {
+    mux: Mux,
+}
+
+impl Session {
+    /// Opens a session on a machine's channel. `marker` is [`protocol::BOOT_MARKER`] after boot, else the one that ended the last session.
+    pub async fn open(
+        channel: StdUnixStream,
+        marker: Marker,
+        identity: Identity,
+        deadline: Duration,
+        events: mpsc::Sender<MachineEvent>,
+    ) -> Result<Self, GuestError> {
+        let what = "say ready";
+        timeout(deadline, Self::greet(channel, marker, identity, events))
+            .await
+            .map_err(|_| GuestError::Timeout { what, timeout: deadline })?
+    }
+
+    async fn greet(
+        channel: StdUnixStream,
+        marker: Marker,
+        identity: Identity,
+        events: mpsc::Sender<MachineEvent>,
+    ) -> Result<Self, GuestError> {
+        channel.set_nonblocking(true).map_err(broken)?;
+        let mut io = UnixStream::from_std(channel).map_err(broken)?;
+        io.write_all(&marker).await.map_err(broken)?;
+        let (io, trigger) = MarkerWatch::new(io);
+        let (mux, driver) = Mux::client(io);
+        let mut control = mux.open().await.map_err(broken)?;
+        write_message(&mut control, &StreamHeader::Control).await.map_err(broken)?;
+        let hello = Hello {
+            protocol: protocol::VERSION,
+            vm_id: identity.vm_id,
+            generation: identity.generation,
+            wall_clock_ns: wall_clock_ns(),
+            entropy: entropy().map_err(broken)?,
+            network: identity.network,
+        };
+        write_message(&mut control, &HostMessage::Hello(hello)).await.map_err(broken)?;
+        match read_message(&mut control).await.map_err(broken)? {
+            GuestMessage::Ready(Ready { protocol: guest, .. }) if guest != protocol::VERSION => {
+                return Err(GuestError::Protocol { guest, host: protocol::VERSION });
+            }
+            GuestMessage::Ready(_) => {}
+            other => return Err(GuestError::Session(format!("the guest said {other:?} instead of ready"))),
+        }
+        let (reader, writer) = tokio::io::split(control);
+        let (report_start, started) = watch::channel(None);
+        tokio::spawn(read_control(reader, report_start, events.clone()));
+        tokio::spawn(accept_streams(driver.inbound, events));
+        let (report_end, ended) = oneshot::channel();
+        let abort = driver.task.abort_handle();
+        tokio::spawn(async move {
+            // Aborted when the host drops the session: that is no news to anyone.
+            if driver.task.await.is_ok() {
+                let _ = report_end.send(());
+            }
+        });
+        Ok(Self {
+            control: Mutex::new(writer),
+            started,
+            dialer: Arc::new(SessionDialer { mux }),
+            trigger,
+            driver: abort,
+            ended: Mutex::new(Some(ended)),
+        })
+    }
+
+    /// Resolves when the guest breaks the session off; with an error when the host ended it. Can be taken once.
+    pub async fn take_end(&self) -> Option<oneshot::Receiver<()>> {
+        self.ended.lock().await.take()
+    }
+
+    /// Starts the application.
+    pub async fn start(&self, app: App) -> Result<(), GuestError> {
+        let mut started = self.started.clone();
+        write_message(&mut *self.control.lock().await, &HostMessage::Start(app)).await.map_err(broken)?;
+        let answer = timeout(ANSWER, started.wait_for(Option::is_some))
+            .await
+            .map_err(|_| GuestError::Timeout { what: "start the application", timeout: ANSWER })?
+            .map_err(broken)?;
+        answer.clone().expect("waited until it is there").map_err(GuestError::App)
+    }
+
+    /// Connects to ports of the guest.
+    pub fn dialer(&self) -> Arc<dyn Dial> {
+        self.dialer.clone()
+    }
+
+    /// Ends the session and returns the marker that begins the next one. When this returns, the guest reads and writes nothing any more.
+    pub async fn detach(self) -> Result<Marker, GuestError> {
+        let marker: Marker = entropy().map_err(broken)?[..16].try_into().expect("more than 16 bytes were drawn");
+        let seen = self.trigger.arm(marker);
+        write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker }).await.map_err(broken)?;
+        let unanswered = |_| GuestError::Timeout { what: "let go of its session", timeout: ANSWER };
+        timeout(ANSWER, seen).await.map_err(unanswered)?.map_err(|_| broken("it ended before the guest answered `Detach`"))?;
+        Ok(marker)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+#[async_trait]
+impl Dial for SessionDialer {
+    async fn dial(&self, port: u16) -> Result<Box<dyn GuestStream>, DialError> {
+        let gone = |error: &dyn std::fmt::Display| DialError::Gone(error.to_string());
+        let connect = async {
+            let mut stream = self.mux.open().await.map_err(|error| gone(&error))?;
+            write_message(&mut stream, &StreamHeader::Dial { port }).await.map_err(|error| gone(&error))?;
+            let reply = read_message(&mut stream).await.map_err(|error| gone(&error))?;
+            Ok((stream, reply))
+        };
+        let timed_out = |_| DialError::Failed { port, reason: format!("the guest did not answer within {} s", ANSWER.as_secs()) };
+        match timeout(ANSWER, connect).await.map_err(timed_out)?? {
+            (stream, DialReply::Connected) => Ok(Box::new(stream)),
+            (_, DialReply::Refused) => Err(DialError::Refused(port)),
+            (_, DialReply::Failed { reason }) => Err(DialError::Failed { port, reason }),
+        }
+    }
+}
+
+async fn read_control(
+    mut reader: ReadHalf<Stream>,
+    started: watch::Sender<Option<Result<(), String>>>,
+    events: mpsc::Sender<MachineEvent>,
+) {
+    while let Ok(message) = read_message(&mut reader).await {
+        let event = match message {
+            GuestMessage::Started { .. } => {
+                started.send_replace(Some(Ok(())));
+                continue;
+            }
+            GuestMessage::StartFailed { reason } => {
+                started.send_replace(Some(Err(reason)));
+                continue;
+            }
+            GuestMessage::Listening { port } => MachineEvent::Listening(port),
+            GuestMessage::Exited(status) => MachineEvent::AppExited(status),
+            GuestMessage::Ready(_) => continue,
+        };
+        if events.send(event).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn accept_streams(mut inbound: mpsc::Receiver<Stream>, events: mpsc::Sender<MachineEvent>) {
+    while let Some(mut stream) = inbound.recv().await {
+        let events = events.clone();
+        tokio::spawn(async move {
+            // A guest opens nothing but its log; anything else is dropped, which resets it.
+            let Ok(StreamHeader::Log) = read_message(&mut stream).await else { return };
+            while let Ok(record) = read_message::<LogRecord>(&mut stream).await {
+                if events.send(MachineEvent::Log(record)).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+fn wall_clock_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn entropy() -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; 64];
+    io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn broken(error: impl std::fmt::Display) -> GuestError {
+    GuestError::Session(error.to_string())
+}
