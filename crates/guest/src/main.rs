@@ -1,1 +1,49 @@
-fn main() {}
+//! PID 1 of every MicroVM: mounts the disk, runs the image's application as a container, and serves the host over one virtio-serial port.
+//!
+//! ```text
+//! boot ─▶ wait for a marker ─▶ session ─▶ answer with the next marker ─┐
+//!               ▲                                                      │
+//!               └──────────────────────────────────────────────────────┘
+//! ```
+//!
+//! The binary is also its own helper: started as `hearth-guest container` it becomes the application (see [`app::container`]).
+
+mod app;
+mod boot;
+mod dial;
+mod identity;
+mod listen;
+mod logs;
+mod network;
+mod port;
+mod session;
+mod uevent;
+
+use std::{convert::Infallible, process::ExitCode};
+
+use anyhow::Context;
+use nix::sys::reboot::{RebootMode, reboot};
+
+fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == app::container::ARGUMENT) {
+        return app::container::main();
+    }
+    if std::process::id() != 1 {
+        eprintln!("hearth-guest is the first process of a MicroVM; it has nothing to do elsewhere");
+        return ExitCode::FAILURE;
+    }
+    let Err(error) = run();
+    eprintln!("hearth-guest: cannot go on, powering off: {error:#}");
+    // The disk's journal need not be replayed by whoever looks at it next.
+    nix::unistd::sync();
+    let Err(error) = reboot(RebootMode::RB_POWER_OFF);
+    eprintln!("hearth-guest: power off failed: {error}");
+    ExitCode::FAILURE
+}
+
+fn run() -> anyhow::Result<Infallible> {
+    let machine = boot::boot()?;
+    // One thread: the guest mostly waits, and every thread would be part of every snapshot.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(session::serve(&machine))
+}

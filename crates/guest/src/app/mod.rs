@@ -1,0 +1,177 @@
+//! The application: started once, its output collected, its end remembered. Also the reaper of everything that ends up with PID 1.
+
+pub mod container;
+mod user;
+
+use std::{
+    io::{self, PipeReader},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use hearth_guest_protocol::{App, ExitStatus, LogSource};
+use nix::{
+    errno::Errno,
+    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
+    unistd::Pid,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::unix::pipe,
+    signal::unix::{SignalKind, signal},
+    sync::{Mutex, watch},
+    task::JoinSet,
+    time::timeout,
+};
+
+use crate::logs::Logs;
+
+/// From the order to start until the application's own code runs.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+/// The last output of an application that ended; its pipes close with the last of its processes.
+const OUTPUT_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The application could not be started. The text is for the build's log.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// it is there already
+    #[error("the application has already been started")]
+    AlreadyStarted,
+    /// the helper process could not be started or talked to
+    #[error("starting the container's first process: {0}")]
+    Helper(#[from] io::Error),
+    /// a step inside the container failed
+    #[error("{0}")]
+    Container(String),
+    /// the deadline passed
+    #[error("the container was not ready within {} s", START_DEADLINE.as_secs())]
+    Deadline,
+}
+
+/// The machine's one application.
+#[derive(Debug)]
+pub struct Application {
+    logs: Logs,
+    /// Held while the application starts, so that its end cannot be seen before its process id is known.
+    state: Mutex<State>,
+    exit: watch::Sender<Option<ExitStatus>>,
+}
+
+#[derive(Debug)]
+enum State {
+    NotStarted,
+    Running { main: Pid, output: JoinSet<io::Result<()>> },
+    Ended,
+}
+
+impl Application {
+    /// Nothing runs yet.
+    pub fn new(logs: Logs) -> Self {
+        Self { logs, state: Mutex::new(State::NotStarted), exit: watch::Sender::new(None) }
+    }
+
+    /// How the main process ended, once it has and its output has been read.
+    pub fn exit(&self) -> watch::Receiver<Option<ExitStatus>> {
+        self.exit.subscribe()
+    }
+
+    /// Starts the application and returns its process id once its own code runs.
+    pub async fn start(&self, app: &App) -> Result<Pid, StartError> {
+        let mut state = self.state.lock().await;
+        if !matches!(*state, State::NotStarted) {
+            return Err(StartError::AlreadyStarted);
+        }
+        let (control, stdout, stderr) = spawn_helper()?;
+        let main = timeout(START_DEADLINE, instruct(control, app)).await.map_err(|_| StartError::Deadline)??;
+        let mut output = JoinSet::new();
+        for (source, pipe) in [(LogSource::Stdout, stdout), (LogSource::Stderr, stderr)] {
+            let pipe = pipe::Receiver::from_owned_fd(OwnedFd::from(pipe))?;
+            output.spawn(self.logs.clone().collect(source, pipe));
+        }
+        *state = State::Running { main, output };
+        Ok(main)
+    }
+
+    /// Collects every process that ends, for ever.
+    pub async fn reap(&self) -> io::Result<()> {
+        let mut children = signal(SignalKind::child())?;
+        loop {
+            children.recv().await;
+            let mut state = self.state.lock().await;
+            while let Some((pid, status)) = next_ended() {
+                if matches!(&*state, State::Running { main, .. } if *main == pid)
+                    && let State::Running { output, .. } = std::mem::replace(&mut *state, State::Ended)
+                {
+                    let exit = self.exit.clone();
+                    tokio::spawn(async move {
+                        // What the application said last goes before the news of its end.
+                        let _ = timeout(OUTPUT_DEADLINE, output.join_all()).await;
+                        exit.send_replace(Some(status));
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// One process that has ended, if there is any.
+fn next_ended() -> Option<(Pid, ExitStatus)> {
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(pid, code)) => return Some((pid, ExitStatus { code })),
+            Ok(WaitStatus::Signaled(pid, signal, _)) => return Some((pid, ExitStatus { code: 128 + signal as i32 })),
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return None,
+            Ok(_) | Err(_) => {}
+        }
+    }
+}
+
+/// Starts this binary again as the container's first process. Only a fresh, single-threaded process may safely do what follows `fork`.
+fn spawn_helper() -> io::Result<(UnixStream, PipeReader, PipeReader)> {
+    let (control, theirs) = UnixStream::pair()?;
+    let (stdout, their_stdout) = io::pipe()?;
+    let (stderr, their_stderr) = io::pipe()?;
+    // The reaper, not `Child`, waits for it.
+    Command::new("/proc/self/exe")
+        .arg(container::ARGUMENT)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(their_stdout)
+        .stderr(their_stderr)
+        .spawn()?;
+    Ok((control, stdout, stderr))
+}
+
+/// Tells the helper what to run and reads its report, which ends when the application's own code takes over.
+async fn instruct(control: UnixStream, app: &App) -> Result<Pid, StartError> {
+    control.set_nonblocking(true)?;
+    let mut control = tokio::net::UnixStream::from_std(control)?;
+    control.write_all(&serde_json::to_vec(app).map_err(io::Error::from)?).await?;
+    control.shutdown().await?;
+    let mut report = String::new();
+    control.read_to_string(&mut report).await?;
+    read_report(&report)
+}
+
+fn read_report(report: &str) -> Result<Pid, StartError> {
+    if let Some(reason) = report.lines().find_map(|line| line.strip_prefix(container::FAILED)) {
+        return Err(StartError::Container(reason.to_owned()));
+    }
+    let pid = report.lines().find_map(|line| line.strip_prefix(container::PID)?.parse().ok());
+    pid.map(Pid::from_raw).ok_or_else(|| StartError::Container("the container's first process ended without a word".to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_a_process_id_or_a_reason() {
+        assert_eq!(read_report("pid 12\n").unwrap(), Pid::from_raw(12));
+        assert_eq!(read_report("failed /x: no such file\npid 12\n").unwrap_err().to_string(), "/x: no such file");
+        assert!(read_report("").is_err());
+        assert!(read_report("pid x\n").is_err());
+    }
+}

@@ -1,0 +1,287 @@
+//! Sessions with the host, one after another, for ever. Whatever goes wrong in one ends that session and nothing else.
+
+use std::{convert::Infallible, io, path::Path, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use hearth_guest_protocol::{
+    App, BOOT_MARKER, GuestMessage, Hello, HostMessage, LogSource, Marker, Mux, Ready, Stream, StreamHeader, VERSION, WireError,
+    await_marker, mux::MuxDriver, read_message, write_message,
+};
+use tokio::{
+    io::{AsyncWriteExt, ReadHalf, WriteHalf},
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use crate::{
+    app::Application,
+    boot::{Machine, ROOTFS},
+    dial,
+    identity::{self, Names},
+    listen::Watch,
+    logs::Logs,
+    network,
+    port::Port,
+};
+
+/// A port that fails is tried again after this: nothing announces that the kernel has changed its mind.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// How long log lines may hold up other news: the end of the application, the end of the session.
+const LOGS_DEADLINE: Duration = Duration::from_millis(100);
+/// How long the host may take to read the marker that answers `Detach`.
+const MARKER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a session ended early.
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error("the host closed the session")]
+    Closed,
+    #[error("the first stream is for {0:?}, not for control")]
+    NotControl(StreamHeader),
+    #[error("the first message is {0:?}, not Hello")]
+    NotHello(HostMessage),
+    #[error("the host speaks protocol {host}, this guest {VERSION}: the image must be built again")]
+    Protocol { host: u32 },
+    #[error("the host did not read the answer to Detach in time")]
+    MarkerUnread,
+    #[error(transparent)]
+    Wire(#[from] WireError),
+}
+
+/// What outlives a session.
+struct Guest {
+    kernel: String,
+    application: Arc<Application>,
+    logs: Logs,
+    names: Names,
+}
+
+/// Serves the host until the machine stops.
+pub async fn serve(machine: &Machine) -> anyhow::Result<Infallible> {
+    let logs = Logs::default();
+    let application = Arc::new(Application::new(logs.clone()));
+    tokio::spawn({
+        let application = Arc::clone(&application);
+        async move { application.reap().await }
+    });
+    let mut guest = Guest { kernel: machine.kernel.clone(), application, logs, names: Names::new(Path::new(ROOTFS)) };
+    let port = Port::open(&machine.port).with_context(|| format!("opening {}", machine.port.display()))?;
+    // Begins the next session; stays the same when a session breaks off.
+    let mut marker = BOOT_MARKER;
+    loop {
+        port.connected().await?;
+        match await_marker(&mut port.clone(), &marker).await {
+            Ok(()) => {
+                if let Err(error) = guest.session(&port, &mut marker).await {
+                    eprintln!("hearth-guest: session: {error}");
+                }
+            }
+            // The host went away again.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(error) => {
+                eprintln!("hearth-guest: reading {}: {error}", machine.port.display());
+                sleep(RETRY_DELAY).await;
+            }
+        }
+    }
+}
+
+impl Guest {
+    /// One session. Nothing of it is left when this returns.
+    async fn session(&mut self, port: &Port, marker: &mut Marker) -> Result<(), SessionError> {
+        let (mux, mut driver) = Mux::server(port.clone());
+        let mut tasks = JoinSet::new();
+        let result = self.converse(&mux, &mut driver, &mut tasks).await;
+        // First the application's side of the connections that the proxy had, then the host's.
+        tasks.shutdown().await;
+        driver.task.abort();
+        let _ = (&mut driver.task).await;
+        *marker = result?;
+        timeout(MARKER_DEADLINE, port.clone().write_all(marker)).await.map_err(|_| SessionError::MarkerUnread)??;
+        Ok(())
+    }
+
+    /// Serves the host until `Detach`, whose marker it returns.
+    async fn converse(&mut self, mux: &Mux, driver: &mut MuxDriver, tasks: &mut JoinSet<()>) -> Result<Marker, SessionError> {
+        let (reader, mut writer) = tokio::io::split(self.greet(driver).await?);
+        let (shipper, stop_shipping) = ship_logs(mux.clone(), self.logs.clone());
+        let shipper = tasks.spawn(shipper);
+
+        let (news, mut outgoing) = mpsc::channel(64);
+        let mut commands = read_commands(reader, tasks);
+        tasks.spawn(announce_exit(self.application.clone(), self.logs.clone(), news.clone()));
+        let marker = loop {
+            tokio::select! {
+                stream = driver.inbound.recv() => {
+                    tasks.spawn(serve_stream(stream.ok_or(SessionError::Closed)?));
+                }
+                Some(message) = outgoing.recv() => write_message(&mut writer, &message).await?,
+                command = commands.recv() => match command.ok_or(SessionError::Closed)?? {
+                    HostMessage::Start(app) => self.start(&app, &mut writer, &news, tasks).await?,
+                    HostMessage::Detach { marker } => break marker,
+                    unexpected @ HostMessage::Hello(_) => return Err(SessionError::NotHello(unexpected)),
+                },
+            }
+            // Streams and watches that have ended are of no interest.
+            while tasks.try_join_next().is_some() {}
+        };
+        // What the application has written so far should be known before the machine stops.
+        drop(stop_shipping);
+        let shipped = async {
+            while !shipper.is_finished() {
+                if tasks.join_next().await.is_none() {
+                    break;
+                }
+            }
+        };
+        let _ = timeout(LOGS_DEADLINE, shipped).await;
+        Ok(marker)
+    }
+
+    /// Everything up to `Ready`.
+    async fn greet(&mut self, driver: &mut MuxDriver) -> Result<Stream, SessionError> {
+        let mut control = driver.inbound.recv().await.ok_or(SessionError::Closed)?;
+        match read_message(&mut control).await? {
+            StreamHeader::Control => {}
+            other => return Err(SessionError::NotControl(other)),
+        }
+        let hello = match read_message(&mut control).await? {
+            HostMessage::Hello(hello) => hello,
+            other => return Err(SessionError::NotHello(other)),
+        };
+        if hello.protocol == VERSION {
+            self.renew(&hello);
+        }
+        write_message(&mut control, &GuestMessage::Ready(Ready { protocol: VERSION, kernel: self.kernel.clone() })).await?;
+        if hello.protocol == VERSION { Ok(control) } else { Err(SessionError::Protocol { host: hello.protocol }) }
+    }
+
+    /// Takes over this life's identity. A part that fails is told on the console and to the log; the application may do without it.
+    fn renew(&mut self, hello: &Hello) {
+        let clock = identity::set_clock(hello.wall_clock_ns).map_err(|error| error.to_string());
+        let random = identity::reseed_random(&hello.entropy).map_err(|error| error.to_string());
+        let network = hello.network.as_ref().map_or(Ok(()), |network| {
+            network::apply(network).map_err(|error| error.to_string())?;
+            self.names.set_resolvers(&network.nameservers).map_err(|error| error.to_string())
+        });
+        for error in [clock, random, network].into_iter().filter_map(Result::err) {
+            eprintln!("hearth-guest: {error}");
+            self.logs.push(LogSource::System, error.as_bytes());
+        }
+    }
+
+    async fn start(
+        &self,
+        app: &App,
+        writer: &mut WriteHalf<Stream>,
+        news: &mpsc::Sender<GuestMessage>,
+        tasks: &mut JoinSet<()>,
+    ) -> Result<(), WireError> {
+        // Before the application runs, so that its first listener is seen.
+        let watch = Watch::begin();
+        let answer = match self.names.set_hostname(&app.hostname) {
+            Err(error) => GuestMessage::StartFailed { reason: error.to_string() },
+            Ok(()) => match self.application.start(app).await {
+                Ok(pid) => GuestMessage::Started { pid: pid.as_raw().unsigned_abs() },
+                Err(error) => GuestMessage::StartFailed { reason: error.to_string() },
+            },
+        };
+        let started = matches!(answer, GuestMessage::Started { .. });
+        write_message(writer, &answer).await?;
+        if started {
+            tasks.spawn(announce_listeners(watch, news.clone()));
+        }
+        Ok(())
+    }
+}
+
+/// Reads the host's messages in a task of their own: a half-read message must not be abandoned.
+fn read_commands(mut reader: ReadHalf<Stream>, tasks: &mut JoinSet<()>) -> mpsc::Receiver<Result<HostMessage, WireError>> {
+    let (sender, receiver) = mpsc::channel(4);
+    tasks.spawn(async move {
+        loop {
+            let message = read_message(&mut reader).await;
+            let last = message.is_err();
+            if sender.send(message).await.is_err() || last {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+async fn serve_stream(mut stream: Stream) {
+    let result = match read_message(&mut stream).await {
+        Ok(StreamHeader::Dial { port }) => dial::serve(stream, port).await,
+        // Dropping the stream resets it.
+        Ok(StreamHeader::Control | StreamHeader::Log) => Ok(()),
+        Err(error) => Err(error),
+    };
+    // A connection that breaks is everyday life for a proxy; both ends have noticed.
+    drop(result);
+}
+
+/// Tells the end of the application, after its last words.
+async fn announce_exit(application: Arc<Application>, logs: Logs, news: mpsc::Sender<GuestMessage>) {
+    let mut exit = application.exit();
+    // The application outlives every session, so the sender is there.
+    let Ok(status) = exit.wait_for(Option::is_some).await.map(|status| *status) else { return };
+    let _ = timeout(LOGS_DEADLINE, logs.drained()).await;
+    if let Some(status) = status {
+        // The session may have ended in the meantime; the next one says it again.
+        let _ = news.send(GuestMessage::Exited(status)).await;
+    }
+}
+
+async fn announce_listeners(watch: Watch, news: mpsc::Sender<GuestMessage>) {
+    let (sender, mut ports) = mpsc::channel(16);
+    let forward = async {
+        while let Some(port) = ports.recv().await {
+            if news.send(GuestMessage::Listening { port }).await.is_err() {
+                return;
+            }
+        }
+    };
+    let (watched, ()) = tokio::join!(watch.run(sender), forward);
+    if let Err(error) = watched {
+        eprintln!("hearth-guest: watching for listeners: {error}");
+    }
+}
+
+/// Sends log records until told to stop; then what is left, and the end of the stream.
+fn ship_logs(mux: Mux, logs: Logs) -> (impl Future<Output = ()>, oneshot::Sender<Infallible>) {
+    let (stop, mut stopped) = oneshot::channel();
+    let ship = async move {
+        let mut stream = match mux.open().await {
+            Ok(stream) => stream,
+            // The session is over before it began.
+            Err(_) => return Ok(()),
+        };
+        write_message(&mut stream, &StreamHeader::Log).await?;
+        loop {
+            // The records that are there come before the order to stop.
+            let record = tokio::select! {
+                biased;
+                record = logs.next() => record,
+                _ = &mut stopped => break,
+            };
+            write_message(&mut stream, &record).await?;
+        }
+        stream.shutdown().await?;
+        // Lets the session's task hand the bytes to the kernel.
+        tokio::task::yield_now().await;
+        Ok::<_, WireError>(())
+    };
+    let task = async move {
+        // The host has gone; records that follow are kept for the next session.
+        let _ = ship.await;
+    };
+    (task, stop)
+}
+
+impl From<io::Error> for SessionError {
+    fn from(error: io::Error) -> Self {
+        Self::Wire(error.into())
+    }
+}
