@@ -1,0 +1,84 @@
+"""One server and one image for the whole run; each test starts its own MicroVMs from it and ends them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+import support
+from support import Microvm, Server
+
+
+def pytest_sessionstart(session):
+    if not support.HEARTH.exists():
+        raise pytest.UsageError(f"{support.HEARTH} is not there: run `cargo xtask test`, or set HEARTH to the program to test")
+    if os.geteuid() != 0:
+        raise pytest.UsageError("the whole-system tests start real MicroVMs, which needs root")
+
+
+@pytest.fixture(scope="session")
+def server():
+    with support.serving() as server:
+        yield server
+
+
+@dataclasses.dataclass
+class Image:
+    """The example app as an image, and what could be seen while it was built."""
+
+    arn: str
+    created: dict
+    states: list[str]
+    log_while_building: str
+
+
+@pytest.fixture(scope="session")
+def image(server: Server) -> Image:
+    uri = support.upload(server, "flask-hello.zip", support.zip_directory(support.FLASK_HELLO))
+    created = support.create_image(server, "flask-hello", uri)
+    states: list[str] = []
+    logs: list[str] = []
+
+    def look(found: dict) -> None:
+        if not states or states[-1] != found["state"]:
+            states.append(found["state"])
+        if found["state"] == "CREATING":
+            logs.append(server.hearth("logs", "flask-hello").stdout)
+
+    support.wait_image(server, created["imageArn"], "CREATED", on_look=look)
+    return Image(created["imageArn"], created, states, logs[-1])
+
+
+@pytest.fixture
+def microvms(server: Server):
+    return server.microvms
+
+
+@pytest.fixture
+def run(server: Server, image: Image):
+    """Starts MicroVMs from the example image, waits until they run, and terminates them after the test."""
+    started: list[Microvm] = []
+
+    def start(*, wait: bool = True, **options) -> Microvm:
+        microvm = support.run_microvm(server, image.arn, **options)
+        started.append(microvm)
+        if wait:
+            microvm.wait("RUNNING")
+        return microvm
+
+    yield start
+    for microvm in started:
+        microvm.terminate()
+    for microvm in started:
+        microvm.wait("TERMINATED")
+
+
+@pytest.fixture(autouse=True)
+def server_survives(request):
+    """Whatever a test does, the shared server must live through it."""
+    yield
+    if "server" in request.fixturenames:
+        server = request.getfixturevalue("server")
+        assert server.running(), f"the server died\n{server.log()}"

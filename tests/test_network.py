@@ -1,0 +1,139 @@
+"""What a MicroVM can reach: the world, and neither its host nor its neighbours."""
+
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
+
+import pytest
+
+import support
+
+# Addresses for documentation (RFC 5737): nobody's, so nothing outside this host is ever spoken to.
+NAMESPACE = "hearth-test-world"
+HOST_SIDE, WORLD_SIDE = "198.51.100.1", "198.51.100.2"
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A host of the world: a network namespace behind a veth, with a web server in it."""
+    ip("netns", "add", NAMESPACE)
+    try:
+        ip("link", "add", "hearthworld0", "type", "veth", "peer", "name", "eth0", "netns", NAMESPACE)
+        ip("addr", "add", f"{HOST_SIDE}/24", "dev", "hearthworld0")
+        ip("link", "set", "hearthworld0", "up")
+        ip("-n", NAMESPACE, "addr", "add", f"{WORLD_SIDE}/24", "dev", "eth0")
+        ip("-n", NAMESPACE, "link", "set", "eth0", "up")
+        ip("-n", NAMESPACE, "link", "set", "lo", "up")
+        code = f"""
+from http.server import *
+class Hello(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"hello from the world to " + self.client_address[0].encode())
+server = HTTPServer(("{WORLD_SIDE}", 8000), Hello)
+print("listening", flush=True)
+server.serve_forever()
+"""
+        command = ["ip", "netns", "exec", NAMESPACE, sys.executable, "-c", code]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            assert process.stdout.readline() == "listening\n"
+            yield f"http://{WORLD_SIDE}:8000/"
+        finally:
+            process.kill()
+            process.wait(20)
+    finally:
+        subprocess.run(["ip", "link", "del", "hearthworld0"], timeout=20)
+        ip("netns", "del", NAMESPACE)
+
+
+@pytest.fixture(scope="module")
+def host_port():
+    """A web server on every address of the host."""
+
+    class Hello(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"hello from the host")
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("0.0.0.0", 0), Hello)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(microvm, url: str) -> support.Answer:
+    return microvm.http(f"/fetch?url={quote(url, safe='')}", timeout=60)
+
+
+def reaches(microvm, url: str) -> bool:
+    answer = fetch(microvm, url)
+    return answer.status == 200
+
+
+def test_the_world_is_reachable_and_sees_the_host_s_address(run, world):
+    microvm = run()
+    answer = fetch(microvm, world)
+    assert answer.status == 200, answer.body
+    assert answer.text == f"hello from the world to {HOST_SIDE}"
+
+
+def test_the_world_is_reachable_after_a_resume(run, world):
+    microvm = run()
+    assert reaches(microvm, world)
+    microvm.client.suspend_microvm(microvmIdentifier=microvm.id)
+    microvm.wait("SUSPENDED")
+    microvm.client.resume_microvm(microvmIdentifier=microvm.id)
+    microvm.wait("RUNNING")
+    assert reaches(microvm, world)
+
+
+def addresses_of_host() -> list[str]:
+    text = subprocess.run(["ip", "-4", "-o", "addr"], capture_output=True, text=True, check=True, timeout=20).stdout
+    addresses = [line.split()[3].split("/")[0] for line in text.splitlines()]
+    return [address for address in addresses if not address.startswith("127.")]
+
+
+def test_the_host_is_out_of_reach(run, world, host_port):
+    """With an address of the host's own, of the slot's links, and of the link to the world."""
+    microvm = run()
+    assert reaches(microvm, world), "the network works at all"
+    addresses = addresses_of_host()
+    assert HOST_SIDE in addresses and len(addresses) > 1
+    for address in addresses[:4] + [HOST_SIDE]:
+        assert not reaches(microvm, f"http://{address}:{host_port}/"), address
+
+
+def test_the_gateway_offers_nothing(run, host_port):
+    microvm = run()
+    assert not reaches(microvm, f"http://10.0.2.2:{host_port}/")
+
+
+def test_the_host_s_link_local_metadata_is_out_of_reach(run, host_port):
+    microvm = run()
+    ip("addr", "add", "169.254.169.254/32", "dev", "lo")
+    try:
+        assert not reaches(microvm, f"http://169.254.169.254:{host_port}/")
+    finally:
+        ip("addr", "del", "169.254.169.254/32", "dev", "lo")
+
+
+def test_a_neighbour_is_out_of_reach(run):
+    """The neighbour listens on every address of its guest; it is asked for on each address that its slot could have."""
+    microvm, _neighbour = run(), run()
+    links = [address for address in addresses_of_host() if address.startswith("10.201.")]
+    assert len(links) >= 2, "each running MicroVM has a link"
+    for host_side in links[:3]:
+        first, last = host_side.rsplit(".", 1)
+        slot_side = f"{first}.{int(last) + 1}"
+        assert not reaches(microvm, f"http://{slot_side}:{support.FLASK_PORT}/"), slot_side
