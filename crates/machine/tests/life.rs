@@ -1,0 +1,236 @@
+//! The life of a machine with the real engine: boot, capture, clone, suspend, resume. Needs root, QEMU and the guest kit (`cargo xtask kit`).
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hearth_guest_protocol::{App, LogSource};
+use hearth_machine::{
+    BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot,
+    kit::Kit,
+    network::Slots,
+    qemu::{Accelerator, Qemu},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Counts its visitors in memory and on disk.
+const SERVER: &str = r#"
+use IO::Socket;
+$s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 5000, Listen => 5, ReuseAddr => 1) or die "listen: $!";
+$| = 1; print "listening\n"; print STDERR "to stderr\n";
+while ($c = $s->accept) {
+    $line = <$c>; chomp $line;
+    exit 7 if $line eq "exit";
+    $n++;
+    open(F, "+<", "/count") or open(F, "+>", "/count"); $d = <F> + 1; seek(F, 0, 0); print F $d; close F;
+    open(R, "<", "/dev/urandom"); read(R, $r, 8); close R;
+    print $c "$n $d ", unpack("H*", $r), " ", time, "\n"; close $c;
+}
+"#;
+
+struct Bench {
+    dir: PathBuf,
+    engine: Qemu,
+}
+
+impl Bench {
+    /// Nothing, and a word on why, where the machine cannot run.
+    async fn new(name: &str) -> Option<Self> {
+        let kit = std::env::var_os("HEARTH_KIT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/kit"), PathBuf::from);
+        let kit = match Kit::open(&kit) {
+            Ok(kit) => kit,
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                return None;
+            }
+        };
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: network slots need root");
+            return None;
+        }
+        let dir = std::env::temp_dir().join(format!("hearth-life-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        make_rootfs(&kit.base_image(), &dir);
+        let slots = Slots::start(&format!("{name}-{}", std::process::id()), Vec::new(), 1).await.unwrap();
+        let engine = Qemu::start(kit, Accelerator::Tcg, slots).await.unwrap();
+        Some(Self { dir, engine })
+    }
+
+    async fn boot(&self, id: &str) -> Box<dyn Machine> {
+        let spec = BootSpec {
+            id: id.to_owned(),
+            dir: self.dir.join(id),
+            rootfs: self.dir.join("rootfs.img"),
+            vcpus: 1,
+            memory_mib: 512,
+            timeout: PATIENCE,
+        };
+        self.engine.boot(spec).await.unwrap()
+    }
+
+    fn spec(&self, id: &str, snapshot: &Arc<Snapshot>, source: LaunchSource, generation: u64) -> LaunchSpec {
+        LaunchSpec { id: id.to_owned(), dir: self.dir.join(id), snapshot: snapshot.clone(), source, generation }
+    }
+
+    async fn clone_of(&self, id: &str, snapshot: &Arc<Snapshot>) -> Box<dyn Machine> {
+        self.engine.launch(self.spec(id, snapshot, LaunchSource::Snapshot, 1)).await.unwrap()
+    }
+
+    async fn end(self) {
+        self.engine.shutdown().await;
+        std::fs::remove_dir_all(&self.dir).unwrap();
+    }
+}
+
+fn make_rootfs(base: &Path, dir: &Path) {
+    let tree = dir.join("tree");
+    std::fs::create_dir_all(&tree).unwrap();
+    let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
+    run(Command::new("tar").arg("-xf").arg(base).arg("-C").arg(&tree));
+    let image = dir.join("rootfs.img");
+    std::fs::File::create(&image).unwrap().set_len(2 << 30).unwrap();
+    run(Command::new("mkfs.ext4").args(["-q", "-F", "-d"]).arg(&tree).arg(&image));
+    std::fs::remove_dir_all(&tree).unwrap();
+}
+
+fn app(argv: &[&str]) -> App {
+    App {
+        argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
+        env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
+        cwd: "/".to_owned(),
+        user: String::new(),
+        stop_signal: 15,
+        all_capabilities: false,
+        hostname: "localhost".to_owned(),
+    }
+}
+
+/// What the counting server answers.
+struct Visit {
+    memory: u32,
+    disk: u32,
+    random: String,
+    clock: u64,
+}
+
+async fn visit(machine: &dyn Machine) -> Visit {
+    let talk = async {
+        let mut stream = machine.dialer().dial(5000).await.unwrap();
+        stream.write_all(b"hello\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let mut words = answer.split_whitespace();
+        let mut word = || words.next().unwrap_or_else(|| panic!("a short answer: {answer:?}"));
+        Visit {
+            memory: word().parse().unwrap(),
+            disk: word().parse().unwrap(),
+            random: word().to_owned(),
+            clock: word().parse().unwrap(),
+        }
+    };
+    timeout(PATIENCE, talk).await.expect("the server answers")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
+    let Some(bench) = Bench::new("life").await else { return };
+    let mut machine = bench.boot("image").await;
+    let mut events = machine.take_events().unwrap();
+    machine.start_app(app(&["perl", "-e", SERVER])).await.unwrap();
+    let (mut lines, mut port) = (Vec::new(), None);
+    while port.is_none() || lines.len() < 2 {
+        match timeout(PATIENCE, events.recv()).await.expect("the server listens and logs").unwrap() {
+            MachineEvent::Listening(listening) => port = Some(listening),
+            MachineEvent::Log(record) if record.source != LogSource::System => {
+                lines.push(String::from_utf8(record.line).unwrap());
+            }
+            MachineEvent::Log(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(port, Some(5000));
+    lines.sort();
+    assert_eq!(lines, ["listening", "to stderr"]);
+    assert_eq!(visit(&*machine).await.memory, 1);
+    let snapshot = Arc::new(machine.capture(bench.dir.join("snapshot")).await.unwrap());
+    let manifest = &snapshot.manifest;
+    eprintln!("memory {} kB, device state {} B, disk {} kB", manifest.memory_bytes >> 10, manifest.device_state_bytes, manifest.disk_bytes >> 10);
+    Snapshot::open(&snapshot.dir).unwrap();
+
+    let (one, two) = (bench.clone_of("one", &snapshot).await, bench.clone_of("two", &snapshot).await);
+    let (first, second) = (visit(&*one).await, visit(&*two).await);
+    assert_eq!((first.memory, first.disk), (2, 2));
+    assert_eq!((second.memory, second.disk), (2, 2), "clones do not see each other's writes");
+    assert_ne!(first.random, second.random, "clones draw different random bytes");
+    assert!(matches!(one.dialer().dial(5001).await, Err(DialError::Refused(5001))));
+    two.kill().await;
+
+    let mut machine = one;
+    for life in 2..5_u32 {
+        let dialer = machine.dialer();
+        let begun = Instant::now();
+        let suspended = machine.suspend().await.unwrap();
+        eprintln!("suspended in {} ms, {} kB dirty", begun.elapsed().as_millis(), suspended.dirty_bytes >> 10);
+        assert!(matches!(dialer.dial(5000).await, Err(DialError::Gone(_))));
+        let begun = Instant::now();
+        let spec = bench.spec("one", &snapshot, LaunchSource::Suspended, u64::from(life));
+        machine = bench.engine.launch(spec).await.unwrap();
+        eprintln!("resumed in {} ms", begun.elapsed().as_millis());
+        let now = visit(&*machine).await;
+        assert_eq!((now.memory, now.disk), (life + 1, life + 1));
+        let host = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        assert!(host.abs_diff(now.clock) <= 1, "the guest's clock says {} at {host}", now.clock);
+    }
+
+    let mut events = machine.take_events().unwrap();
+    let mut stream = machine.dialer().dial(5000).await.unwrap();
+    stream.write_all(b"exit\n").await.unwrap();
+    let status = loop {
+        match timeout(PATIENCE, events.recv()).await.expect("the exit is reported").unwrap() {
+            MachineEvent::AppExited(status) => break status,
+            MachineEvent::Log(_) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(status.code, 7);
+    machine.kill().await;
+
+    let spec = bench.spec("one", &snapshot, LaunchSource::Suspended, 9);
+    assert!(matches!(bench.engine.launch(spec).await, Err(LaunchError::Snapshot(_))), "a suspended state is used once");
+    bench.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_run_says_why() {
+    let Some(bench) = Bench::new("refused").await else { return };
+    let mut machine = bench.boot("image").await;
+    let mut events = machine.take_events().unwrap();
+    let error = machine.start_app(app(&["/no/such/program"])).await.unwrap_err();
+    assert!(matches!(&error, GuestError::App(reason) if reason.contains("/no/such/program")), "{error}");
+    let pids = Command::new("pgrep").args(["-f", "qemu-system.*-name image,"]).output().unwrap();
+    let pid = String::from_utf8(pids.stdout).unwrap();
+    let pid = pid.lines().find(|pid| {
+        std::fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|status| status.contains(&format!("PPid:\t{}\n", std::process::id())))
+    });
+    let pid = nix::unistd::Pid::from_raw(pid.expect("QEMU runs").parse().unwrap());
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "QEMU is confined:\n{status}");
+    assert!(!status.contains("Uid:\t0\t"), "QEMU is not root:\n{status}");
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let reason = loop {
+        match timeout(PATIENCE, events.recv()).await.expect("the death is reported").unwrap() {
+            MachineEvent::Died { reason } => break reason,
+            _ => continue,
+        }
+    };
+    assert!(reason.contains("SIGKILL"), "{reason}");
+    bench.end().await;
+}
