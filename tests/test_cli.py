@@ -26,7 +26,7 @@ def microvm(server, image):
 
 
 def test_image_build_follows_the_build_and_succeeds(server, image):
-    answer = server.hearth("image", "build", str(FLASK_HELLO), "--name", "built-by-hand", timeout=support.BUILD_SECONDS)
+    answer = server.hearth("image", "build", str(FLASK_HELLO), "--name", "built-by-hand", "--memory", "512", timeout=support.BUILD_SECONDS)
     said = answer.stdout + answer.stderr
     assert answer.returncode == 0, said
     assert "STEP" in said or "FROM" in said, "the build log is followed"
