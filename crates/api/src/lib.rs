@@ -6,16 +6,41 @@
 #![forbid(unsafe_code)]
 
 mod auth;
+mod error;
+mod model;
+mod operations;
+mod rules;
+mod sigv4;
+#[cfg(test)]
+mod tests;
+
+mod validate;
+mod wire;
 
 use std::{convert::Infallible, sync::Arc};
 
-use axum::{Router, body::Body};
-use http::{Request, Response};
-use tower::Service;
+use axum::{
+    Router,
+    body::{Body, HttpBody},
+    extract::{Request, State},
+    response::Response,
+};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header::CONTENT_TYPE, request::Parts};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use tower::{Service, ServiceExt};
+use uuid::Uuid;
 
 use hearth_control::plane::ControlPlane;
 
+use error::{ApiError, REQUEST_ID, json_response};
+use model::{MODEL, NoRoute};
+use sigv4::Claims;
+
 pub use auth::{Auth, Credential};
+
+/// Longest body of a request that is not for S3, in bytes.
+const MAX_BODY: usize = 1 << 20;
 
 /// What the API is told about the server.
 #[derive(Debug, Clone)]
@@ -29,11 +54,108 @@ pub struct Settings {
 /// All APIs of one listener. `objects` answers everything that is meant for S3 and authenticates it by itself.
 pub fn service<S, B>(plane: Arc<dyn ControlPlane>, objects: S, auth: Auth, settings: Settings) -> Router
 where
-    S: Service<Request<Body>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
+    S: Service<Request, Response = http::Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
     S::Future: Send,
-    B: axum::body::HttpBody<Data = bytes::Bytes> + Send + 'static,
+    B: HttpBody<Data = Bytes> + Send + 'static,
     B::Error: Into<axum::BoxError>,
 {
-    let _ = (plane, auth, settings);
-    Router::new().fallback_service(tower::util::MapResponse::new(objects, |response: Response<B>| response.map(Body::new)))
+    Router::new().fallback(answer::<S, B>).with_state(Api { plane, objects, auth, settings: Arc::new(settings) })
+}
+
+#[derive(Clone)]
+struct Api<S> {
+    plane: Arc<dyn ControlPlane>,
+    objects: S,
+    auth: Auth,
+    settings: Arc<Settings>,
+}
+
+/// Whom a request is for.
+#[derive(Debug, PartialEq, Eq)]
+enum Destination {
+    Lambda,
+    Logs,
+    Sts,
+    Objects,
+}
+
+impl Destination {
+    /// Paths tell the services with the signing name `lambda` apart; objects may have any path, so that the signature's scope tells them.
+    fn of(method: &Method, path: &str, headers: &HeaderMap) -> Self {
+        let scope = Claims::of(headers).map(|claims| claims.service);
+        let starts = |header: &str, prefix: &str| {
+            headers.get(header).and_then(|value| value.to_str().ok()).is_some_and(|value| value.starts_with(prefix))
+        };
+        match scope {
+            Ok("s3") => Self::Objects,
+            _ if starts("x-amz-target", "Logs_20140328.") => Self::Logs,
+            _ if method == Method::POST && path == "/" && starts(CONTENT_TYPE.as_str(), "application/x-www-form-urlencoded") => Self::Sts,
+            Ok(_) => Self::Lambda,
+            Err(_) if ["/2025-09-09/", "/2026-04-04/", "/2017-03-31/"].iter().any(|prefix| path.starts_with(prefix)) => Self::Lambda,
+            Err(_) => Self::Objects,
+        }
+    }
+}
+
+async fn answer<S, B>(State(api): State<Api<S>>, request: Request) -> Response
+where
+    S: Service<Request, Response = http::Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
+    S::Future: Send,
+    B: HttpBody<Data = Bytes> + Send + 'static,
+    B::Error: Into<axum::BoxError>,
+{
+    let id = Uuid::new_v4().to_string();
+    let mut response = match Destination::of(request.method(), request.uri().path(), request.headers()) {
+        Destination::Objects => match api.objects.oneshot(request).await {
+            Ok(response) => response.map(Body::new),
+        },
+        Destination::Lambda => call(&api, request).await.unwrap_or_else(|error| error.into_response(&id)),
+        Destination::Logs => ApiError::not_yet("CloudWatch Logs").into_response(&id),
+        Destination::Sts => sts_not_yet(&id),
+    };
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        response.headers_mut().entry(REQUEST_ID).or_insert(id);
+    }
+    response
+}
+
+async fn call<S>(api: &Api<S>, request: Request) -> Result<Response, ApiError> {
+    let (parts, body) = request.into_parts();
+    let body = read_body(body).await?;
+    let caller = api.auth.authenticate(&parts, &body)?;
+    if api.settings.region.as_ref().is_some_and(|region| *region != caller.region) {
+        return Err(ApiError::access_denied(None));
+    }
+
+    let Parts { method, uri, .. } = &parts;
+    let (operation, labels) = MODEL.route(method.as_str(), uri.path()).map_err(|error| match error {
+        NoRoute::Unknown => ApiError::unknown_operation(method.as_str(), uri.path()),
+        NoRoute::Malformed => ApiError::malformed(),
+    })?;
+    let input = validate::input(operation, labels, uri.query().unwrap_or_default(), &body)?;
+    validate::check(operation, &input, api.settings.min_idle_seconds)?;
+    let output = operations::perform(api.plane.as_ref(), &caller, &operation.name, input).await?;
+    let status = StatusCode::from_u16(operation.status).map_err(|e| ApiError::internal(e.to_string()))?;
+    Ok(json_response(status, &output))
+}
+
+async fn read_body(body: Body) -> Result<Bytes, ApiError> {
+    match Limited::new(body, MAX_BODY).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::too_large(MAX_BODY)),
+        // The client is gone or broke its framing.
+        Err(_) => Err(ApiError::malformed()),
+    }
+}
+
+/// STS speaks XML.
+fn sts_not_yet(request_id: &str) -> Response {
+    let body = format!(
+        "<ErrorResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><Error><Type>Sender</Type><Code>InvalidAction</Code>\
+         <Message>STS is not implemented by this version of Hearth.</Message></Error><RequestId>{request_id}</RequestId></ErrorResponse>"
+    );
+    let mut response = Response::new(Body::from(body));
+    *response.status_mut() = StatusCode::BAD_REQUEST;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/xml"));
+    response
 }

@@ -1,0 +1,135 @@
+//! Rules that AWS keeps beyond its model and that need nothing but the request, with its messages (SPEC 3.3).
+
+use hearth_control::{
+    arn::managed_connector,
+    types::{Caller, PortSpec},
+};
+
+use crate::{
+    error::ApiError,
+    wire::{CreateImageInput, PortSpecification, RunInput},
+};
+
+/// Memory of a MicroVM when the caller names none, in MiB.
+pub(crate) const DEFAULT_MEMORY_MIB: u32 = 2048;
+/// Wall time of a MicroVM when the caller names none, in seconds.
+pub(crate) const DEFAULT_DURATION_SECONDS: u32 = 28_800;
+
+const MEMORY_SIZES_MIB: [u32; 5] = [512, 1024, 2048, 4096, 8192];
+const MAX_TOKEN_MINUTES: u32 = 60;
+const RESERVED_ENVIRONMENT: [&str; 1] = ["AWS_REGION"];
+const INGRESS: [&str; 4] = ["HTTP_INGRESS", "SHELL_INGRESS", "ALL_INGRESS", "NO_INGRESS"];
+const EGRESS: [&str; 1] = ["INTERNET_EGRESS"];
+
+/// Checks an image to create; returns its memory in MiB.
+pub(crate) fn check_image(caller: &Caller, input: &CreateImageInput) -> Result<u32, ApiError> {
+    let uri = input.code_artifact.uri.strip_prefix("s3://").and_then(|rest| rest.split_once('/'));
+    if !uri.is_some_and(|(bucket, key)| !bucket.is_empty() && !key.is_empty()) {
+        return Err(ApiError::validation("CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>"));
+    }
+    if let Some(version) = &input.base_image_version
+        && (version.len() > 9 || !version.bytes().all(|byte| byte.is_ascii_digit()))
+    {
+        return Err(ApiError::validation(format!("Invalid base image version '{version}': Expected a single major version number")));
+    }
+    if let Some(key) =
+        input.environment_variables.iter().flatten().map(|(key, _)| key).find(|key| RESERVED_ENVIRONMENT.contains(&key.as_str()))
+    {
+        return Err(ApiError::validation(format!("Environment variable key '{key}' is reserved")));
+    }
+    check_hooks(input)?;
+    check_connectors(caller, &input.egress_network_connectors, &EGRESS)?;
+    memory(input)
+}
+
+fn memory(input: &CreateImageInput) -> Result<u32, ApiError> {
+    let Some(resources) = input.resources.first() else { return Ok(DEFAULT_MEMORY_MIB) };
+    let asked = resources.minimum_memory_in_mib;
+    MEMORY_SIZES_MIB.into_iter().find(|size| i64::from(*size) == i64::from(asked)).ok_or_else(|| {
+        ApiError::validation(format!(
+            "The requested memory size of {asked} MiB is not supported by base MicroVM image {}. Supported memory sizes in MiB are: {MEMORY_SIZES_MIB:?}.",
+            input.base_image_arn
+        ))
+    })
+}
+
+fn check_hooks(input: &CreateImageInput) -> Result<(), ApiError> {
+    let enabled = |group: &str, hook: &str| input.hooks.as_ref().is_some_and(|hooks| hooks[group][hook] == "ENABLED");
+    let lifecycle = ["run", "resume", "suspend", "terminate"].iter().any(|hook| enabled("microvmHooks", hook));
+    if lifecycle && !enabled("microvmImageHooks", "ready") {
+        return Err(ApiError::validation(
+            "The ready (/ready) MicroVM image hook must be enabled when any MicroVM lifecycle hook (run, resume, suspend, or terminate) is enabled.",
+        ));
+    }
+    Ok(())
+}
+
+/// Checks a MicroVM to run.
+pub(crate) fn check_run(caller: &Caller, input: &RunInput) -> Result<(), ApiError> {
+    if !input.image_identifier.starts_with("arn:") {
+        return Err(ApiError::validation("Malformed ARN - doesn't start with 'arn:'"));
+    }
+    check_image_identifier(caller, &input.image_identifier)?;
+    let to_cloud_watch = input.logging.as_ref().is_some_and(|logging| !logging["cloudWatch"].is_null());
+    if to_cloud_watch && input.execution_role_arn.is_none() {
+        return Err(ApiError::validation("Logging cannot be enabled without providing executionRoleArn"));
+    }
+    if input.egress_network_connectors.len() > 1 {
+        return Err(ApiError::validation("Only one egress network connector can be provided"));
+    }
+    check_connectors(caller, &input.ingress_network_connectors, &INGRESS)?;
+    check_connectors(caller, &input.egress_network_connectors, &EGRESS)
+}
+
+/// The form `microvm-image/<name>` is what AWS refuses as another's resource.
+pub(crate) fn check_image_identifier(caller: &Caller, identifier: &str) -> Result<(), ApiError> {
+    if identifier.starts_with("arn:") && identifier.contains(":microvm-image/") {
+        return Err(ApiError::access_denied(Some(format!(
+            "User: {} is not authorized to perform this action on resource: {identifier}",
+            caller.principal
+        ))));
+    }
+    Ok(())
+}
+
+fn check_connectors(caller: &Caller, connectors: &[String], managed: &[&str]) -> Result<(), ApiError> {
+    for connector in connectors {
+        match connector.split(':').collect::<Vec<_>>().as_slice() {
+            ["arn", partition, "lambda", _, "aws", "network-connector", ..] if partition.starts_with("aws") => {
+                if !managed.iter().any(|name| *connector == managed_connector(&caller.region, name)) {
+                    return Err(ApiError::validation(format!("Unrecognized managed network connector ARN: {connector}")));
+                }
+            }
+            ["arn", partition, "lambda", region, account, "network-connector", name]
+                if partition.starts_with("aws") && !region.is_empty() && account.len() == 12 && !name.is_empty() =>
+            {
+                return Err(ApiError::not_yet(&format!("Use of the network connector {connector}")));
+            }
+            _ => return Err(ApiError::validation("Malformed network connector ARN")),
+        }
+    }
+    Ok(())
+}
+
+/// Checks the lifetime of a token, in minutes.
+pub(crate) fn check_expiration(minutes: u32) -> Result<(), ApiError> {
+    if minutes > MAX_TOKEN_MINUTES {
+        return Err(ApiError::validation(format!("ExpirationMinutes {minutes} exceeded max allowed of {MAX_TOKEN_MINUTES}.")));
+    }
+    Ok(())
+}
+
+/// Ports that a token opens.
+pub(crate) fn ports(specifications: Vec<PortSpecification>) -> Result<Vec<PortSpec>, ApiError> {
+    specifications
+        .into_iter()
+        .map(|specification| match specification {
+            PortSpecification::Port(port) => Ok(PortSpec::Port(port)),
+            PortSpecification::Range { start_port, end_port } if start_port <= end_port => Ok(PortSpec::Range(start_port, end_port)),
+            PortSpecification::Range { start_port, end_port } => {
+                Err(ApiError::validation(format!("Invalid port range: startPort {start_port} is greater than endPort {end_port}.")))
+            }
+            PortSpecification::AllPorts {} => Ok(PortSpec::All),
+        })
+        .collect()
+}
