@@ -59,23 +59,10 @@ fn session(tools: &crate::workspace::Tools, hearth: &Path, server: &Server) -> R
     shell.set("PATH", path);
     shell.set("AWS_PAGER", "");
     shell.set("EXAMPLE", tools.root.join("examples/flask-hello"));
-    let data_dir = server.data_dir();
-    println!("$ eval \"$(hearth env --data-dir {})\"", data_dir.display());
-    let exports = shell.run(&format!("hearth env --data-dir {}", data_dir.display()))?;
-    for (name, value) in exports.lines().filter_map(export) {
-        shell.set(name, value);
-    }
-    let port = server.connect()?.endpoint.rsplit(':').next().map(str::to_owned).context("the endpoint's address has no port")?;
-    shell.assign("PORT", &port);
+    shell.source(&format!("eval \"$(hearth env --data-dir {})\"", server.data_dir().display()));
+    shell.source("PORT=${HEARTH_ENDPOINT##*:}");
+    shell.run("env | grep -E '^(AWS|CURL|HEARTH)_' | grep -v SECRET | sort")?;
     Ok(shell)
-}
-
-/// `export NAME='value'` as name and value.
-fn export(line: &str) -> Option<(&str, String)> {
-    let (name, value) = line.trim().strip_prefix("export ")?.split_once('=')?;
-    let quoted = value.strip_prefix('\'').and_then(|value| value.strip_suffix('\''));
-    let quoted = quoted.or_else(|| value.strip_prefix('"').and_then(|value| value.strip_suffix('"')));
-    Some((name, quoted.unwrap_or(value).to_owned()))
 }
 
 fn stop(server: Server, before: &Host) -> Result<()> {
@@ -114,16 +101,4 @@ fn summarise<'a>(steps: impl Iterator<Item = (&'a str, &'a Outcome)>, total: Dur
     }
     println!("  {:<58} {:<12} {:>7.1} s", "Everything, with set-up and build", "", total.as_secs_f64());
     failed
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn exports_are_read_with_and_without_quotes() {
-        assert_eq!(export("export AWS_REGION=us-east-1"), Some(("AWS_REGION", "us-east-1".to_owned())));
-        assert_eq!(export("export SECRET='a=b/c+d'"), Some(("SECRET", "a=b/c+d".to_owned())));
-        assert_eq!(export("# eval this"), None);
-    }
 }

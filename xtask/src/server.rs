@@ -1,4 +1,4 @@
-//! A server started for one chore, found through its `connect.json`.
+//! A server started for one chore.
 
 use std::{
     collections::VecDeque,
@@ -10,7 +10,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
 
 use crate::process::{Output, Process};
 
@@ -18,13 +17,6 @@ const START_LIMIT: Duration = Duration::from_secs(90);
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// Lines of the server's log that are kept to be shown when something fails.
 const LOG_LINES: usize = 60;
-
-/// What a server says about itself in its data directory.
-#[derive(Debug, Deserialize)]
-pub struct Connect {
-    /// Address of the endpoint proxy, `host:port`.
-    pub endpoint: String,
-}
 
 /// A running server with a data directory of its own, both gone when it is stopped.
 pub struct Server {
@@ -77,13 +69,6 @@ impl Server {
     /// The server's process id.
     pub fn pid(&self) -> i32 {
         self.process.pid()
-    }
-
-    /// What the server says about itself.
-    pub fn connect(&self) -> Result<Connect> {
-        let path = self.data_dir().join("connect.json");
-        let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        serde_json::from_slice(&text).with_context(|| format!("parsing {}", path.display()))
     }
 
     /// Lets time pass, as long as the server lives: the service has no call that waits for a state.

@@ -23,17 +23,25 @@ const SHOWN_LINES: usize = 24;
 pub struct Shell {
     dir: PathBuf,
     variables: BTreeMap<String, OsString>,
+    prelude: String,
 }
 
 impl Shell {
     /// A session in `dir`.
     pub fn new(dir: PathBuf) -> Self {
-        Self { dir, variables: BTreeMap::new() }
+        Self { dir, variables: BTreeMap::new(), prelude: String::new() }
     }
 
     /// Sets a variable for the commands that follow, without showing it.
     pub fn set(&mut self, name: &str, value: impl Into<OsString>) {
         self.variables.insert(name.to_owned(), value.into());
+    }
+
+    /// Shows a command whose effect on the session's variables lasts: it runs before each command that follows.
+    pub fn source(&mut self, script: &str) {
+        println!("$ {script}");
+        self.prelude.push_str(script);
+        self.prelude.push('\n');
     }
 
     /// Sets a variable the way a user would, by typing what an answer said.
@@ -91,7 +99,7 @@ impl Shell {
     /// Runs a command without showing it; fails, with what it printed, unless it succeeds.
     pub fn quietly(&self, script: &str) -> Result<String> {
         let mut command = Command::new("bash");
-        command.args(["-o", "pipefail", "-c", script]).current_dir(&self.dir).envs(&self.variables);
+        command.args(["-o", "pipefail", "-c"]).arg(format!("{}{script}", self.prelude)).current_dir(&self.dir).envs(&self.variables);
         process::output(&format!("`{script}`"), &mut command, COMMAND_LIMIT)
     }
 }
@@ -119,6 +127,13 @@ mod tests {
         let error = shell.quietly("echo why; false").unwrap_err();
         assert!(error.to_string().contains("why"), "{error}");
         assert!(shell.quietly("false | true").is_err(), "a failure inside a pipe counts");
+    }
+
+    #[test]
+    fn what_is_sourced_lasts() {
+        let mut shell = Shell::new(std::env::temp_dir());
+        shell.source("GREETING='it is'; export GREETING");
+        assert_eq!(shell.quietly("sh -c 'echo $GREETING'").unwrap(), "it is\n");
     }
 
     #[test]
