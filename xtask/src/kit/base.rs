@@ -1,0 +1,131 @@
+//! The managed base image: a minimal Debian root file system that trusts whom this host trusts, for Dockerfiles to begin with.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+
+use super::fingerprint;
+use crate::process;
+
+const LOCAL_CERTIFICATES: &str = "/usr/local/share/ca-certificates";
+/// Files are not dated after this, 2025-01-01, so that one set of packages always gives the same bytes.
+const SOURCE_DATE_EPOCH: &str = "1735689600";
+const LIMIT: Duration = Duration::from_secs(10 * 60);
+
+/// Left out of every package, now and when the image's users install more.
+const TRIMMED: [&str; 4] = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];
+
+/// Where the packages come from and what is added to them.
+#[derive(Debug)]
+pub struct Sources {
+    suite: String,
+    /// One-line entries of sources.list(5).
+    entries: Vec<String>,
+    /// The host's own additions to the distribution's certificate authorities.
+    certificates: Vec<PathBuf>,
+}
+
+impl Sources {
+    /// What this host uses itself.
+    pub fn find() -> Result<Self> {
+        let release = fs::read_to_string("/etc/os-release").context("reading /etc/os-release")?;
+        let suite = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+        let suite = suite.context("/etc/os-release has no VERSION_CODENAME")?.trim_matches('"').to_owned();
+        let mut command = Command::new("apt-get");
+        let format = "$(ORIGIN)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)";
+        command.env("LC_ALL", "C").args(["indextargets", "--format", format, "Created-By: Packages"]);
+        let targets = process::output("apt-get indextargets", &mut command, LIMIT)?;
+        let entries = entries(&targets, &suite);
+        if entries.is_empty() {
+            bail!("apt has no lists of Debian {suite} here: run `apt-get update`");
+        }
+        Ok(Self { suite, entries, certificates: local_certificates(Path::new(LOCAL_CERTIFICATES))? })
+    }
+
+    /// Names the image's inputs. The packages' own versions are not among them: an image stays until it is deleted.
+    pub fn identity(&self) -> String {
+        let mut parts = vec![self.suite.clone(), self.entries.join("\n"), SOURCE_DATE_EPOCH.to_owned(), TRIMMED.join(" ")];
+        for path in &self.certificates {
+            parts.push(path.display().to_string());
+            parts.push(fs::read_to_string(path).unwrap_or_default());
+        }
+        fingerprint(&parts.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Writes the image as a tar archive.
+    pub fn build(&self, archive: &Path) -> Result<()> {
+        let mut command = Command::new("mmdebstrap");
+        command.env("SOURCE_DATE_EPOCH", SOURCE_DATE_EPOCH).env("LC_ALL", "C.UTF-8");
+        command.args(["--quiet", "--variant=minbase", "--format=tar", "--include=ca-certificates"]);
+        command.args(["--aptopt=APT::Install-Recommends \"false\"", "--aptopt=Acquire::Languages \"none\""]);
+        for path in TRIMMED {
+            command.arg(format!("--dpkgopt=path-exclude={path}"));
+        }
+        // Licences stay with what they permit.
+        command.arg("--dpkgopt=path-include=/usr/share/doc/*/copyright");
+        for path in &self.certificates {
+            command.arg(format!("--customize-hook=copy-in {} {LOCAL_CERTIFICATES}", path.display()));
+        }
+        command.arg("--customize-hook=chroot \"$1\" update-ca-certificates");
+        // What the host lent for the making; the guest writes its own.
+        command.arg("--customize-hook=rm -f \"$1\"/etc/resolv.conf \"$1\"/etc/hostname \"$1\"/var/cache/ldconfig/aux-cache");
+        command.arg(&self.suite).arg(archive).args(&self.entries);
+        process::output("mmdebstrap", &mut command, LIMIT).map(drop)
+    }
+}
+
+/// Entries of the distribution's own archives among apt's targets, one `origin|uri|release|component` a line.
+fn entries(targets: &str, suite: &str) -> Vec<String> {
+    let mut entries: Vec<String> = Vec::new();
+    for target in targets.lines() {
+        let [origin, uri, release, component] = target.split('|').collect::<Vec<_>>()[..] else { continue };
+        let archive = release.split('-').next().unwrap_or(release);
+        let entry = format!("deb {uri} {release} {component}");
+        if origin == "Debian" && archive == suite && !entries.contains(&entry) {
+            entries.push(entry);
+        }
+    }
+    entries
+}
+
+fn local_certificates(directory: &Path) -> Result<Vec<PathBuf>> {
+    let Ok(files) = fs::read_dir(directory) else { return Ok(Vec::new()) };
+    let mut certificates = Vec::new();
+    for file in files {
+        let path = file.with_context(|| format!("reading {}", directory.display()))?.path();
+        if path.extension().is_some_and(|extension| extension == "crt") {
+            certificates.push(path);
+        }
+    }
+    certificates.sort();
+    Ok(certificates)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_distributions_own_archives_are_used() {
+        let targets = "Debian|http://deb.example/debian/|bookworm|main\nDebian|http://deb.example/debian/|bookworm|main\nDebian|http://deb.example/debian/|bookworm-updates|main\nDebian Backports|http://deb.example/debian/|bookworm-backports|main\nSomebody|https://packages.example/apt/|stable|main\nDebian|http://deb.example/debian/|trixie|main\nW: noise\n";
+        assert_eq!(
+            entries(targets, "bookworm"),
+            ["deb http://deb.example/debian/ bookworm main", "deb http://deb.example/debian/ bookworm-updates main"]
+        );
+    }
+
+    #[test]
+    fn certificates_are_found_in_order() {
+        let scratch = tempfile::tempdir().unwrap();
+        for name in ["b.crt", "a.crt", "readme.txt"] {
+            fs::write(scratch.path().join(name), "").unwrap();
+        }
+        assert_eq!(local_certificates(scratch.path()).unwrap(), [scratch.path().join("a.crt"), scratch.path().join("b.crt")]);
+        assert!(local_certificates(&scratch.path().join("nowhere")).unwrap().is_empty());
+    }
+}
