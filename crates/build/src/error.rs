@@ -62,3 +62,9 @@ impl BuildError {
 #[derive(Debug, thiserror::Error)]
 #[error("preparing the image builder: {0}")]
 pub struct PrepareError(pub(crate) String);
+
+impl PrepareError {
+    pub(crate) fn from_display(error: impl std::fmt::Display) -> Self {
+        Self(error.to_string())
+    }
+}

@@ -5,11 +5,14 @@
 #![forbid(unsafe_code)]
 
 mod archive;
+mod base;
 mod builder;
 mod config;
 mod error;
 mod lines;
 mod process;
+mod storage;
+mod workshop;
 
 use std::{path::PathBuf, time::Duration};
 
