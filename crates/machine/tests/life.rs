@@ -14,6 +14,7 @@ use hearth_machine::{
     network::Slots,
     qemu::{Accelerator, Qemu},
 };
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,
@@ -37,14 +38,15 @@ while ($c = $s->accept) {
 "#;
 
 struct Bench {
-    dir: PathBuf,
+    dir: TempDir,
     engine: Qemu,
 }
 
 impl Bench {
     /// Nothing, and a word on why, where the machine cannot run.
     async fn new(name: &str) -> Option<Self> {
-        let kit = std::env::var_os("HEARTH_KIT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/kit"), PathBuf::from);
+        let kit =
+            std::env::var_os("HEARTH_KIT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/kit"), PathBuf::from);
         let kit = match Kit::open(&kit) {
             Ok(kit) => kit,
             Err(error) => {
@@ -56,9 +58,8 @@ impl Bench {
             eprintln!("skipped: network slots need root");
             return None;
         }
-        let dir = std::env::temp_dir().join(format!("hearth-life-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        make_rootfs(&kit.base_image(), &dir);
+        let dir = tempfile::tempdir().unwrap();
+        make_rootfs(&kit.base_image(), dir.path());
         let slots = Slots::start(&format!("{name}-{}", std::process::id()), Vec::new(), 1).await.unwrap();
         let engine = Qemu::start(kit, Accelerator::Tcg, slots).await.unwrap();
         Some(Self { dir, engine })
@@ -67,8 +68,8 @@ impl Bench {
     async fn boot(&self, id: &str) -> Box<dyn Machine> {
         let spec = BootSpec {
             id: id.to_owned(),
-            dir: self.dir.join(id),
-            rootfs: self.dir.join("rootfs.img"),
+            dir: self.dir.path().join(id),
+            rootfs: self.dir.path().join("rootfs.img"),
             vcpus: 1,
             memory_mib: 512,
             timeout: PATIENCE,
@@ -77,7 +78,7 @@ impl Bench {
     }
 
     fn spec(&self, id: &str, snapshot: &Arc<Snapshot>, source: LaunchSource, generation: u64) -> LaunchSpec {
-        LaunchSpec { id: id.to_owned(), dir: self.dir.join(id), snapshot: snapshot.clone(), source, generation }
+        LaunchSpec { id: id.to_owned(), dir: self.dir.path().join(id), snapshot: snapshot.clone(), source, generation }
     }
 
     async fn clone_of(&self, id: &str, snapshot: &Arc<Snapshot>) -> Box<dyn Machine> {
@@ -86,7 +87,7 @@ impl Bench {
 
     async fn end(self) {
         self.engine.shutdown().await;
-        std::fs::remove_dir_all(&self.dir).unwrap();
+        self.dir.close().unwrap();
     }
 }
 
@@ -129,12 +130,7 @@ async fn visit(machine: &dyn Machine) -> Visit {
         stream.read_to_string(&mut answer).await.unwrap();
         let mut words = answer.split_whitespace();
         let mut word = || words.next().unwrap_or_else(|| panic!("a short answer: {answer:?}"));
-        Visit {
-            memory: word().parse().unwrap(),
-            disk: word().parse().unwrap(),
-            random: word().to_owned(),
-            clock: word().parse().unwrap(),
-        }
+        Visit { memory: word().parse().unwrap(), disk: word().parse().unwrap(), random: word().to_owned(), clock: word().parse().unwrap() }
     };
     timeout(PATIENCE, talk).await.expect("the server answers")
 }
@@ -160,9 +156,14 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
     lines.sort();
     assert_eq!(lines, ["listening", "to stderr"]);
     assert_eq!(visit(&*machine).await.memory, 1);
-    let snapshot = Arc::new(machine.capture(bench.dir.join("snapshot")).await.unwrap());
+    let snapshot = Arc::new(machine.capture(bench.dir.path().join("snapshot")).await.unwrap());
     let manifest = &snapshot.manifest;
-    eprintln!("memory {} kB, device state {} B, disk {} kB", manifest.memory_bytes >> 10, manifest.device_state_bytes, manifest.disk_bytes >> 10);
+    eprintln!(
+        "memory {} kB, device state {} B, disk {} kB",
+        manifest.memory_bytes >> 10,
+        manifest.device_state_bytes,
+        manifest.disk_bytes >> 10
+    );
     Snapshot::open(&snapshot.dir).unwrap();
 
     let (one, two) = (bench.clone_of("one", &snapshot).await, bench.clone_of("two", &snapshot).await);
@@ -218,7 +219,8 @@ async fn what_cannot_run_says_why() {
     let pids = Command::new("pgrep").args(["-f", "qemu-system.*-name image,"]).output().unwrap();
     let pid = String::from_utf8(pids.stdout).unwrap();
     let pid = pid.lines().find(|pid| {
-        std::fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|status| status.contains(&format!("PPid:\t{}\n", std::process::id())))
+        std::fs::read_to_string(format!("/proc/{pid}/status"))
+            .is_ok_and(|status| status.contains(&format!("PPid:\t{}\n", std::process::id())))
     });
     let pid = nix::unistd::Pid::from_raw(pid.expect("QEMU runs").parse().unwrap());
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

@@ -13,11 +13,14 @@ mod process;
 mod qmp;
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
     io,
     os::{
         fd::OwnedFd,
-        unix::{fs::fchown, net::UnixStream},
+        unix::{
+            fs::{PermissionsExt, fchown},
+            net::UnixStream,
+        },
     },
     path::{Path, PathBuf},
     process::Stdio,
@@ -158,9 +161,11 @@ impl Qemu {
         let uid = FIRST_UID + slot.index;
         let mut descriptors = Descriptors::default();
         let mut open = |path: &Path, write: bool| -> Result<String, Failure> {
-            let file = File::options().read(true).write(write).open(path).map_err(Failure::of("opening", path))?;
+            let file = File::open(path).map_err(Failure::of("opening", path))?;
             if write {
+                // The process opens it again, as its own user.
                 fchown(&file, Some(uid), Some(uid)).map_err(Failure::of("giving away", path))?;
+                file.set_permissions(Permissions::from_mode(0o600)).map_err(Failure::of("giving away", path))?;
             }
             Ok(descriptors.path(file))
         };
