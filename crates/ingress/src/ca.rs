@@ -236,7 +236,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let ca = LocalCa::load_or_create(temp.path()).unwrap();
         let leaf = ca.issue(&["a.localhost".into()]).unwrap();
-        let in_days = |days| SystemTime::now() + std::time::Duration::from_secs(days * 86_400);
+        let in_days = |days: u64| SystemTime::now() + std::time::Duration::from_secs(days * 86_400);
         assert!(accepts(&ca, &leaf, "a.localhost", in_days(395)));
         assert!(!accepts(&ca, &leaf, "a.localhost", in_days(397)));
     }

@@ -1,12 +1,13 @@
 //! Accepts connections, speaks TLS and HTTP on them, and stops in order: no new ones, a moment for those under way, then an end.
 
-use std::{convert::Infallible, io, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, pin::Pin, sync::Arc, time::Duration};
 
 use hearth_control::plane::DataPlane;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     time::{sleep, timeout},
 };
@@ -21,6 +22,9 @@ use crate::{
 
 /// How long to leave the listener alone when the process is out of file descriptors; there is no event to wait for.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a client may take to accept the end of a connection.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Limits of the endpoint proxy.
 #[derive(Debug, Clone)]
@@ -129,22 +133,27 @@ impl Server {
             let answer = self.proxy.clone().handle(peer.clone(), request);
             async { Ok::<_, Infallible>(answer.await) }
         });
-        let connection = http1::Builder::new()
+        let mut connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.config.header_timeout)
             .max_header_size(self.config.max_header_bytes)
             .serve_connection(TokioIo::new(Linger::new(stream, sending)), service)
             .with_upgrades();
-        let mut connection = std::pin::pin!(connection);
-        let ended = tokio::select! {
-            ended = connection.as_mut() => ended,
-            () = self.shutdown.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
+        let ended = match self.shutdown.run_until_cancelled(&mut connection).await {
+            Some(ended) => ended,
+            None => {
+                Pin::new(&mut connection).graceful_shutdown();
+                (&mut connection).await
             }
         };
-        if let Err(error) = ended {
-            debug!(%error, "a client's connection ended early");
+        let Err(error) = ended else { return };
+        debug!(%error, "a client's connection ended early");
+        // Silence is no accident, so it ends in order. A response that broke off must not: it could look whole.
+        if error.is_timeout()
+            && let Some(parts) = connection.into_parts()
+        {
+            // Whoever does not take the farewell does without.
+            let _ = timeout(FAREWELL, parts.io.into_inner().shutdown()).await;
         }
     }
 }

@@ -1,0 +1,11 @@
+//! The endpoint proxy between real clients and applications that misbehave in every way they can.
+
+#![forbid(unsafe_code)]
+
+mod forward;
+mod refuse;
+mod stop;
+mod support;
+mod tls;
+mod wake;
+mod websocket;
