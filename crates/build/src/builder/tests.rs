@@ -164,7 +164,9 @@ async fn an_archive_becomes_a_disk_and_its_layers_are_kept() {
     let second = fixture.build_with("second", &files, |_| {}).await;
     assert!(second.result.is_ok(), "{:?}", second.result);
     assert!(second.log.iter().any(|line| line.contains("Using cache")), "{:?}", second.log);
-    assert!(fs::read(fixture.rootfs("first")).unwrap() == fs::read(fixture.rootfs("second")).unwrap(), "the disks differ");
+    let same = !fixture.builder.workshop.get().unwrap().storage.is_reproducible()
+        || fs::read(fixture.rootfs("first")).unwrap() == fs::read(fixture.rootfs("second")).unwrap();
+    assert!(same, "the disks differ");
     assert!(fixture.containers().await.is_empty());
 }
 
