@@ -6,7 +6,7 @@ use hearth_control::types::PortSpec;
 use hearth_ingress::IngressConfig;
 use http::Response;
 
-use crate::support::{Client, ELSEWHERE, Endpoint, Guest, HOST, VM, header, text};
+use crate::support::{Client, ELSEWHERE, Endpoint, Guest, HOST, PATIENCE, VM, text};
 
 async fn endpoint() -> Endpoint {
     Endpoint::with_app(async |request| Response::new(text(format!("reached {}", request.uri())))).await
@@ -109,7 +109,8 @@ async fn ambiguous_messages_are_refused() {
     }
 }
 
-/// The transfer coding wins over the length (RFC 9112, 6.3), on both sides alike, so no second request can hide in the first.
+/// The transfer coding wins over the length on both sides alike and the connection ends after it (RFC 9112, 6.3), so no second
+/// request can hide in the first.
 #[tokio::test]
 async fn a_request_cannot_be_smuggled() {
     let endpoint = Endpoint::with_app(async |request| {
@@ -121,16 +122,8 @@ async fn a_request_cannot_be_smuggled() {
     let mut client = endpoint.connect().await;
     client.request(&endpoint, "POST /outer HTTP/1.1", &["content-length: 60", "transfer-encoding: chunked"]).await;
     client.send("0\r\n\r\nGET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n").await;
-    let answer = client.head().await;
-    if answer.starts_with("HTTP/1.1 200") {
-        let length = header(&answer, "content-length").unwrap().parse().unwrap();
-        assert_eq!(client.exactly(length).await, "/outer false b\"\"");
-        // What follows is a request of its own, which must be authenticated like any other.
-        let next = client.head().await;
-        assert!(next.is_empty() || next.starts_with("HTTP/1.1 403"), "{next}");
-    } else {
-        assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
-    }
+    let answer = client.rest().await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("\r\n\r\n/outer false b\"\""), "{answer}");
 }
 
 #[tokio::test]
@@ -156,11 +149,10 @@ async fn slow_clients_are_left() {
     let endpoint = Endpoint::start_with(Guest::Unreachable, config).await;
     let mut client = endpoint.connect().await;
     client.send("GET / HTTP/1.1\r\nhost: x\r\n").await;
-    let answer = client.rest().await.unwrap();
-    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408"), "{answer}");
+    assert_eq!(client.rest().await.unwrap(), "");
 
     let mut silent = tokio::net::TcpStream::connect(endpoint.address).await.unwrap();
-    let ended = tokio::time::timeout(crate::support::PATIENCE, tokio::io::AsyncReadExt::read(&mut silent, &mut [0; 8])).await;
+    let ended = tokio::time::timeout(PATIENCE, tokio::io::AsyncReadExt::read(&mut silent, &mut [0; 8])).await;
     assert!(matches!(ended, Ok(Ok(0) | Err(_))));
     assert!(Client::new(endpoint.address, &endpoint.ca(), HOST).await.is_ok(), "others are still served");
 }
