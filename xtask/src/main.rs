@@ -61,7 +61,9 @@ fn carry_out(chore: &Chore) -> anyhow::Result<()> {
         Chore::Setup => workspace.set_up().map(|_| ()),
         Chore::Kit => {
             host::ensure()?;
-            kit::ensure(&workspace.target.join("kit")).map(|_| ())
+            let kit = kit::ensure(&workspace.target.join("kit"))?;
+            println!("{}: kernel {}", kit.dir.display(), kit.kernel_release);
+            Ok(())
         }
         Chore::Demo => demo::run(&workspace),
         Chore::Test { system: None } => checks::run(&workspace),
