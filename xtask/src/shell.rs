@@ -12,12 +12,17 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{process, server::Server};
+use crate::{
+    process::{self, Output, Process},
+    server::Server,
+};
 
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(500);
 /// Lines of an answer that are shown.
 const SHOWN_LINES: usize = 24;
+/// Characters of a line that are shown where many lines pass by.
+const SHOWN_COLUMNS: usize = 120;
 
 /// The session: a directory, variables, and the server it talks to.
 pub struct Shell {
@@ -96,11 +101,26 @@ impl Shell {
         }
     }
 
+    /// Runs a command that prints as it goes, and shows each line as it comes.
+    pub fn follow(&self, script: &str, limit: Duration) -> Result<()> {
+        println!("$ {script}");
+        let started = Instant::now();
+        let status = Process::start(&format!("`{script}`"), &mut self.command(script), Output::Lines)?.finish(limit, |line| {
+            let line: String = line.chars().take(SHOWN_COLUMNS).collect();
+            println!("  {:>5.1} s | {line}", started.elapsed().as_secs_f64());
+        })?;
+        if status.success() { Ok(()) } else { bail!("`{script}` failed: {status}") }
+    }
+
     /// Runs a command without showing it; fails, with what it printed, unless it succeeds.
     pub fn quietly(&self, script: &str) -> Result<String> {
+        process::output(&format!("`{script}`"), &mut self.command(script), COMMAND_LIMIT)
+    }
+
+    fn command(&self, script: &str) -> Command {
         let mut command = Command::new("bash");
         command.args(["-o", "pipefail", "-c"]).arg(format!("{}{script}", self.prelude)).current_dir(&self.dir).envs(&self.variables);
-        process::output(&format!("`{script}`"), &mut command, COMMAND_LIMIT)
+        command
     }
 }
 

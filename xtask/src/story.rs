@@ -36,11 +36,11 @@ fn build(shell: &mut Shell, server: &mut Server) -> Result<()> {
          --resources minimumMemoryInMiB=512",
     )?;
     shell.assign("IMAGE", text(&image, "imageArn")?);
+    shell.follow("hearth logs flask-hello --follow", BUILD_LIMIT)?;
     let state = "aws lambda-microvms get-microvm-image --image-identifier $IMAGE --query state --output text";
-    shell.until(server, state, "CREATED", BUILD_LIMIT)?;
+    shell.until(server, state, "CREATED", LIMIT)?;
     let image = shell.json("aws lambda-microvms get-microvm-image --image-identifier $IMAGE")?;
     ensure!(image["latestActiveImageVersion"] == "1.0", "the image has no active version 1.0");
-    shell.run("hearth logs flask-hello | tail -n 5")?;
     Ok(())
 }
 
