@@ -49,6 +49,11 @@ pub fn managed_image(region: &str, name: &str) -> String {
     format!("arn:aws:lambda:{region}:aws:microvm-image:{name}")
 }
 
+/// Whether a MicroVM with these ingress connectors answers requests (SPEC 10.5).
+pub(crate) fn allows_http(ingress_connectors: &[String]) -> bool {
+    ingress_connectors.iter().any(|arn| matches!(arn.rsplit(':').next(), Some("HTTP_INGRESS" | "ALL_INGRESS")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,5 +72,13 @@ mod tests {
             let error = ImageArn::parse(text).unwrap_err();
             assert_eq!(error.to_string(), format!("Invalid ARN format: {text}"));
         }
+    }
+
+    #[test]
+    fn only_http_connectors_let_requests_in() {
+        let arns = |names: &[&str]| names.iter().map(|name| managed_connector("us-east-1", name)).collect::<Vec<_>>();
+        assert!(allows_http(&arns(&["HTTP_INGRESS"])) && allows_http(&arns(&["SHELL_INGRESS", "HTTP_INGRESS"])));
+        assert!(allows_http(&arns(&["ALL_INGRESS"])));
+        assert!(!allows_http(&arns(&["NO_INGRESS"])) && !allows_http(&arns(&["SHELL_INGRESS"])));
     }
 }

@@ -1,13 +1,37 @@
 //! The composition of the domain: what it is started with, and how it ends.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
+use futures::stream::{self, StreamExt};
 use hearth_build::ImageBuilder;
 use hearth_machine::Engine;
 use hearth_objects::Objects;
 use hearth_store::{Store, StoreError};
+use tokio::{
+    sync::{Notify, Semaphore, watch},
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{logs::LogStore, settings::Settings, token::Keyring};
+use crate::{
+    cursor::Cursors,
+    images::{self, Snapshots},
+    logs::LogStore,
+    microvm, recovery,
+    registry::Registry,
+    settings::Settings,
+    sweep,
+    token::Keyring,
+};
+
+/// MicroVMs that a shutdown suspends at once: each writes its memory to the disk.
+const SUSPENDS_AT_ONCE: usize = 2;
+/// How long tasks that have nothing left to do may take to end.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// What [`Control`] works with.
 #[derive(Clone)]
@@ -39,16 +63,110 @@ pub enum StartError {
 
 /// The domain, as the API ([`crate::plane::ControlPlane`]) and the endpoint proxy ([`crate::plane::DataPlane`]) see it.
 pub struct Control {
-    #[expect(dead_code, reason = "the planes are not connected yet")]
-    deps: Deps,
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub store: Store,
+    pub keyring: Arc<Keyring>,
+    pub settings: Settings,
+    pub cursors: Cursors,
+    pub images: Arc<images::Shared>,
+    pub image_handles: Mutex<HashMap<String, Arc<images::Handle>>>,
+    pub microvms: Arc<microvm::Shared>,
+    pub registry: Arc<Registry>,
+    /// Cancelled when the server stops.
+    pub stop: CancellationToken,
+    tasks: TaskTracker,
+    logs: Arc<LogStore>,
+    changes: watch::Sender<u64>,
 }
 
 impl Control {
     /// Takes up what an earlier server left in the data directory, and starts. One server at a time; the caller holds the lock.
     pub async fn start(deps: Deps) -> Result<Arc<Self>, StartError> {
-        Ok(Arc::new(Self { deps }))
+        let Deps { store, engine, builder, objects, logs, keyring, settings } = deps;
+        let keys = settings.data_dir.join("keys");
+        let cursors = Cursors::load_or_create(&keys)
+            .map_err(|source| StartError::Host { what: format!("reading or making the cursor key in {}", keys.display()), source })?;
+        let (changes, _) = watch::channel(0);
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let snapshots = Arc::new(Snapshots::new(settings.data_dir.clone()));
+        let images = Arc::new(images::Shared {
+            store: store.clone(),
+            engine: Arc::clone(&engine),
+            builder,
+            objects,
+            logs: Arc::clone(&logs),
+            snapshots: Arc::clone(&snapshots),
+            turns: Semaphore::new(settings.max_concurrent_builds.max(1)),
+            settings: settings.clone(),
+            stop: stop.clone(),
+            changes: changes.clone(),
+            tasks: tasks.clone(),
+        });
+        let microvms = Arc::new(microvm::Shared {
+            store: store.clone(),
+            engine,
+            snapshots,
+            logs: Arc::clone(&logs),
+            dir: settings.data_dir.join("microvms"),
+            terminated: Notify::new(),
+            changes: changes.clone(),
+            tasks: tasks.clone(),
+        });
+        let registry = Arc::new(Registry::default());
+        let image_handles = recovery::recover(&images, &microvms, &registry).await?;
+        let sweeper = sweep::run(Arc::clone(&microvms), Arc::clone(&registry), settings.terminated_retention);
+        tasks.spawn(stop.clone().run_until_cancelled_owned(sweeper));
+        let inner = Inner {
+            store,
+            keyring,
+            settings,
+            cursors,
+            images,
+            image_handles: Mutex::new(image_handles),
+            microvms,
+            registry,
+            stop,
+            tasks,
+            logs,
+            changes,
+        };
+        Ok(Arc::new(Self { inner: Arc::new(inner) }))
     }
 
-    /// Suspends running MicroVMs, gives up builds, ends the engine's reserves and closes logs and store. No call may come after it.
-    pub async fn shutdown(&self) {}
+    /// Counts up whenever the state of an image or a MicroVM may look different. Wait for it, then look again.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changes.subscribe()
+    }
+
+    /// Suspends running MicroVMs, so that they wake after a restart, gives up builds, and closes logs and store. What does not make it in
+    /// [`Settings::shutdown_timeout`] is killed. No call may come after it; the engine is the caller's to end, then.
+    pub async fn shutdown(&self) {
+        let inner = &self.inner;
+        inner.stop.cancel();
+        let handles = inner.registry.all();
+        let suspending = stream::iter(&handles).for_each_concurrent(SUSPENDS_AT_ONCE, |handle| handle.shut_down());
+        if timeout(inner.settings.shutdown_timeout, suspending).await.is_err() {
+            tracing::error!(limit = ?inner.settings.shutdown_timeout, "not all MicroVMs could be suspended in time; the others are killed");
+        }
+        inner.tasks.close();
+        if timeout(GRACE, inner.tasks.wait()).await.is_err() {
+            handles.iter().for_each(|handle| handle.abort());
+        }
+        if timeout(GRACE, inner.tasks.wait()).await.is_err() {
+            tracing::error!("a build did not end when the server stopped");
+        }
+        if timeout(GRACE, inner.logs.close()).await.is_err() {
+            tracing::error!("the last lines of a log could not be written in time");
+        }
+        inner.store.close().await;
+    }
+}
+
+impl Inner {
+    pub fn image_handles(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<images::Handle>>> {
+        self.image_handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }

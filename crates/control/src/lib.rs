@@ -5,11 +5,22 @@
 #![forbid(unsafe_code)]
 
 pub mod arn;
+mod capacity;
 mod control;
+mod control_plane;
+mod cursor;
+mod data_plane;
 pub mod error;
+mod images;
 pub mod logs;
+mod microvm;
 pub mod plane;
+mod pump;
+mod records;
+mod recovery;
+mod registry;
 mod settings;
+mod sweep;
 pub mod token;
 pub mod types;
 

@@ -59,13 +59,14 @@ pub struct Admission {
 /// When the last byte crossed a MicroVM's endpoint. One atomic store per read or write; the idle timer looks when it is due.
 #[derive(Debug)]
 pub struct Activity {
-    origin: std::time::Instant,
+    /// tokio's clock, which tests can stop; it is the monotonic clock otherwise.
+    origin: tokio::time::Instant,
     last_ms: std::sync::atomic::AtomicU64,
 }
 
 impl Default for Activity {
     fn default() -> Self {
-        Self { origin: std::time::Instant::now(), last_ms: std::sync::atomic::AtomicU64::new(0) }
+        Self { origin: tokio::time::Instant::now(), last_ms: std::sync::atomic::AtomicU64::new(0) }
     }
 }
 
@@ -78,7 +79,7 @@ impl Activity {
 
     /// When bytes last moved, or when the meter was made.
     pub fn last(&self) -> std::time::Instant {
-        self.origin + Duration::from_millis(self.last_ms.load(std::sync::atomic::Ordering::Relaxed))
+        self.origin.into_std() + Duration::from_millis(self.last_ms.load(std::sync::atomic::Ordering::Relaxed))
     }
 }
 

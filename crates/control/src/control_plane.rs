@@ -1,0 +1,450 @@
+//! [`ControlPlane`] for the API.
+
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use hearth_store::{
+    ClientToken, CreateImage as Created, CreateMicrovm, DeleteImage, ImageRow, Keyset, NewImage, NewMicrovm, Scope, StoreError,
+};
+use uuid::Uuid;
+
+use crate::{
+    arn::{ImageArn, MANAGED_IMAGES, managed_connector, managed_image},
+    capacity,
+    control::{Control, Inner},
+    error::ControlError,
+    images::{self, Job, Shape},
+    microvm::{self, Call, STOPPING},
+    plane::ControlPlane,
+    records::{self, MicrovmSpec, json, millis, time, version_name, version_number, word},
+    token::Claims,
+    types::{
+        Build, Caller, CreateImage, Image, ImageSpec, ImageState, ImageVersion, Microvm, MicrovmFilter, MicrovmState, Page, PageRequest,
+        PortSpec, RunMicrovm, VersionStatus,
+    },
+};
+
+/// Records on a page if the caller does not say, and at most (SPEC 4.2).
+const PAGE: u32 = 50;
+/// Versions of the managed base images.
+const MANAGED_VERSIONS: [&str; 2] = ["1", "0"];
+
+impl From<StoreError> for ControlError {
+    fn from(error: StoreError) -> Self {
+        Self::Internal(error.to_string())
+    }
+}
+
+#[async_trait]
+impl ControlPlane for Control {
+    async fn create_image(&self, caller: &Caller, request: CreateImage) -> Result<(Image, ImageVersion), ControlError> {
+        let caller = caller.clone();
+        self.to_the_end(|inner| async move { inner.create_image(&caller, request).await }).await
+    }
+
+    async fn get_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError> {
+        Ok(records::image(self.inner.find_image(caller, image).await?)?)
+    }
+
+    async fn list_images(&self, caller: &Caller, name_filter: Option<&str>, page: PageRequest) -> Result<Page<Image>, ControlError> {
+        let list = ["images", &caller.account, &caller.region];
+        let keys = self.inner.keys(&list, &page)?;
+        let rows = self.inner.store.list_images(scope(caller), keys).await?;
+        let mut page = self.inner.page(&list, keys, rows, |row| row.seq, records::image)?;
+        page.items.retain(|image| name_filter.is_none_or(|part| image.name.contains(part)));
+        Ok(page)
+    }
+
+    async fn delete_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError> {
+        let (caller, image) = (caller.clone(), image.to_owned());
+        self.to_the_end(|inner| async move { inner.delete_image(&caller, &image).await }).await
+    }
+
+    async fn get_image_version(&self, caller: &Caller, image: &str, version: &str) -> Result<ImageVersion, ControlError> {
+        let (image, row) = self.inner.find_version(caller, image, version).await?;
+        Ok(records::version(&image, row)?)
+    }
+
+    async fn list_image_versions(&self, caller: &Caller, image: &str, page: PageRequest) -> Result<Page<ImageVersion>, ControlError> {
+        let image = self.inner.find_image(caller, image).await?;
+        let list = ["versions", &image.id];
+        let keys = self.inner.keys(&list, &page)?;
+        let rows = self.inner.store.list_versions(&image.id, keys).await?;
+        self.inner.page(&list, keys, rows, |row| row.seq, |row| records::version(&image, row))
+    }
+
+    async fn get_build(&self, caller: &Caller, image: &str, version: &str, build: &str) -> Result<Build, ControlError> {
+        let (image, version) = self.inner.find_version(caller, image, version).await?;
+        let row = self.inner.store.build(&image.id, version.number, build).await?;
+        let unknown = || ControlError::ImageNotFound(format!("{}, Build: {build}", arn_of(&image)));
+        Ok(records::build(&image, row.ok_or_else(unknown)?)?)
+    }
+
+    async fn list_builds(&self, caller: &Caller, image: &str, version: &str, page: PageRequest) -> Result<Page<Build>, ControlError> {
+        let (image, version) = self.inner.find_version(caller, image, version).await?;
+        let number = version_name(version.number);
+        let list = ["builds", &image.id, &number];
+        let keys = self.inner.keys(&list, &page)?;
+        let rows = self.inner.store.list_builds(&image.id, version.number, keys).await?;
+        self.inner.page(&list, keys, rows, |row| row.seq, |row| records::build(&image, row))
+    }
+
+    async fn run_microvm(&self, caller: &Caller, request: RunMicrovm) -> Result<Microvm, ControlError> {
+        let caller = caller.clone();
+        self.to_the_end(|inner| async move { inner.run_microvm(&caller, request).await }).await
+    }
+
+    async fn get_microvm(&self, caller: &Caller, id: &str) -> Result<Microvm, ControlError> {
+        Ok(self.inner.find_microvm(caller, id)?.microvm().as_ref().clone())
+    }
+
+    async fn list_microvms(&self, caller: &Caller, filter: MicrovmFilter, page: PageRequest) -> Result<Page<Microvm>, ControlError> {
+        let image = filter.image.as_deref().map(|image| own_arn(caller, image)).transpose()?;
+        let number = match filter.version.as_deref().map(version_number) {
+            // No MicroVM has a version that is not one.
+            Some(None) => return Ok(Page { items: Vec::new(), next: None }),
+            Some(number) => number,
+            None => None,
+        };
+        if image.as_ref().is_some_and(|image| image.region != caller.region) {
+            return Ok(Page { items: Vec::new(), next: None });
+        }
+        let name = image.as_ref().map(|image| image.name.as_str());
+        let version = filter.version.unwrap_or_default();
+        let list = ["microvms", &caller.account, &caller.region, name.unwrap_or_default(), &version];
+        let keys = self.inner.keys(&list, &page)?;
+        let rows = self.inner.store.list_microvms(scope(caller), name, number, keys).await?;
+        self.inner.page(&list, keys, rows, |row| row.seq, |row| records::microvm(row).map(|record| record.vm))
+    }
+
+    async fn suspend_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError> {
+        self.inner.find_microvm(caller, id)?.call(Call::Suspend).await
+    }
+
+    async fn resume_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError> {
+        self.inner.find_microvm(caller, id)?.call(Call::Resume).await
+    }
+
+    async fn terminate_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError> {
+        self.inner.find_microvm(caller, id)?.call(Call::Terminate).await
+    }
+
+    async fn create_auth_token(&self, caller: &Caller, id: &str, lifetime: Duration, ports: Vec<PortSpec>) -> Result<String, ControlError> {
+        let handle = self.inner.find_microvm(caller, id)?;
+        if matches!(handle.microvm().state, MicrovmState::Terminating | MicrovmState::Terminated) {
+            return Err(ControlError::Terminated(id.to_owned()));
+        }
+        Ok(self.inner.keyring.mint(Claims::http(id, ports, SystemTime::now(), lifetime)))
+    }
+}
+
+impl Control {
+    /// Does something to its end even if the caller goes away in the middle: a record without its driver would be worse than either.
+    async fn to_the_end<T, F>(&self, call: impl FnOnce(Arc<Inner>) -> F) -> Result<T, ControlError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, ControlError>> + Send + 'static,
+    {
+        if self.inner.stop.is_cancelled() {
+            return Err(ControlError::InsufficientCapacity(STOPPING.to_owned()));
+        }
+        let task = tokio::spawn(call(Arc::clone(&self.inner)));
+        task.await.unwrap_or_else(|error| Err(ControlError::Internal(format!("a call panicked: {error}"))))
+    }
+}
+
+impl Inner {
+    async fn create_image(&self, caller: &Caller, request: CreateImage) -> Result<(Image, ImageVersion), ControlError> {
+        let CreateImage { name, mut spec, tags, client_token } = request;
+        check_spec(caller, &spec)?;
+        let fingerprint = fingerprint(&serde_json::json!([name, spec, tags]));
+        if spec.egress_network_connectors.is_empty() {
+            spec.egress_network_connectors.push(managed_connector(&caller.region, "INTERNET_EGRESS"));
+        }
+        let (id, build_id) = (Uuid::new_v4().to_string(), Uuid::new_v4().to_string());
+        let now_ms = millis(SystemTime::now());
+        let (spec_json, tags_json) = (json(&spec), json(&tags));
+        let new = NewImage { scope: scope(caller), id: &id, name: &name, spec: &spec_json, tags: &tags_json, build_id: &build_id, now_ms };
+        let token = client_token.as_deref().map(|token| ClientToken { operation: "CreateMicrovmImage", token, fingerprint: &fingerprint });
+        match self.store.create_image(&new, token).await? {
+            Created::Created => {
+                let image = images::Identity { id: id.clone(), account: caller.account.clone(), region: caller.region.clone(), name };
+                let job = Job { build_id, number: 1, spec, created_ms: now_ms };
+                let handle = images::Handle::start(&self.images, image, Some(job));
+                self.image_handles().insert(id.clone(), Arc::new(handle));
+                self.image_with_version(&id).await
+            }
+            Created::Replayed { id } => self.image_with_version(&id).await,
+            Created::TokenReused => Err(ControlError::TokenReused),
+            Created::NameTaken => Err(ControlError::NameTaken(name)),
+        }
+    }
+
+    async fn image_with_version(&self, id: &str) -> Result<(Image, ImageVersion), ControlError> {
+        let gone = || ControlError::ImageNotFound(id.to_owned());
+        let image = self.store.image_by_id(id).await?.ok_or_else(gone)?;
+        let version = self.store.version(id, 1).await?.ok_or_else(gone)?;
+        let version = records::version(&image, version)?;
+        Ok((records::image(image)?, version))
+    }
+
+    async fn delete_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError> {
+        let row = self.find_image(caller, image).await?;
+        let mut image = records::image(row)?;
+        let unknown = || ControlError::ImageNotFound(image.arn.clone());
+        if image.state == ImageState::Deleting {
+            return Ok(image);
+        }
+        let handle = self.image_handles().get(&image.id).cloned().ok_or_else(unknown)?;
+        match handle.delete().await {
+            Some(Ok(DeleteImage::Started)) => {
+                self.image_handles().remove(&image.id);
+                image.state = ImageState::Deleting;
+                Ok(image)
+            }
+            Some(Ok(DeleteImage::InUse)) => Err(ControlError::ImageInUse),
+            Some(Ok(DeleteImage::Busy { .. })) => Err(ControlError::ImageBusy(image.state)),
+            Some(Err(error)) => Err(error.into()),
+            Some(Ok(DeleteImage::Gone)) | None => Err(unknown()),
+        }
+    }
+
+    async fn run_microvm(&self, caller: &Caller, request: RunMicrovm) -> Result<Microvm, ControlError> {
+        if !request.image.starts_with("arn:") {
+            return Err(ControlError::Invalid("Malformed ARN - doesn't start with 'arn:'".to_owned()));
+        }
+        let arn = own_arn(caller, &request.image)?;
+        let fingerprint = run_fingerprint(&request);
+        let token = request.client_token.as_deref();
+        let token = token.map(|token| ClientToken { operation: "RunMicrovm", token, fingerprint: &fingerprint });
+        // Before everything that may have changed since: a replay asks for nothing.
+        if let Some(token) = token
+            && let Some(seen) = self.store.replay_microvm(scope(caller), token).await?
+        {
+            return self.replayed(caller, seen);
+        }
+        let (image, number, spec) = self.find_active(caller, &arn, request.version.as_deref()).await?;
+        if request.run_hook_payload.is_some() && !has_run_hook(&spec) {
+            let text = "The run hook must be enabled in the MicroVM image to pass the run hook payload.";
+            return Err(ControlError::Invalid(text.to_owned()));
+        }
+        capacity::check(spec.memory_mib, self.settings.memory_reserve_mib)?;
+
+        let id = format!("microvm-{}", Uuid::new_v4());
+        let endpoint = format!("{}.lambda-microvm.{}.{}", Uuid::new_v4(), caller.region, self.settings.domain);
+        let now_ms = millis(SystemTime::now());
+        let ingress = Some(request.ingress_network_connectors).filter(|connectors| !connectors.is_empty());
+        let egress = Some(request.egress_network_connectors).filter(|connectors| !connectors.is_empty());
+        let spec = MicrovmSpec {
+            execution_role_arn: request.execution_role_arn,
+            idle_policy: request.idle_policy,
+            maximum_duration_seconds: request.maximum_duration_seconds,
+            ingress_network_connectors: ingress.unwrap_or_else(|| vec![managed_connector(&caller.region, "HTTP_INGRESS")]),
+            egress_network_connectors: egress.unwrap_or(spec.egress_network_connectors),
+            run_hook_payload: request.run_hook_payload,
+        };
+        let new = NewMicrovm {
+            scope: scope(caller),
+            id: &id,
+            image_id: &image.id,
+            image_name: &image.name,
+            number,
+            endpoint: &endpoint,
+            spec: &json(&spec),
+            now_ms,
+        };
+        match self.store.create_microvm(&new, token).await? {
+            CreateMicrovm::Created => {}
+            CreateMicrovm::NoActiveVersion => {
+                return Err(ControlError::NoActiveVersion { arn: arn.to_string(), version: request.version });
+            }
+            seen => return self.replayed(caller, seen),
+        }
+        let vm = Microvm {
+            id,
+            image_arn: arn.to_string(),
+            version: version_name(number),
+            state: MicrovmState::Pending,
+            state_reason: None,
+            endpoint,
+            execution_role_arn: spec.execution_role_arn,
+            idle_policy: spec.idle_policy,
+            maximum_duration_seconds: spec.maximum_duration_seconds,
+            started_at: time(now_ms),
+            terminated_at: None,
+            ingress_network_connectors: spec.ingress_network_connectors,
+            egress_network_connectors: spec.egress_network_connectors,
+        };
+        let record = microvm::Record {
+            account: caller.account.clone(),
+            region: caller.region.clone(),
+            image_id: image.id,
+            image_name: image.name,
+            number,
+            vm: vm.clone(),
+            generation: 1,
+            suspended_at: None,
+            suspended_by: None,
+        };
+        self.registry.insert(microvm::Handle::start(&self.microvms, record));
+        Ok(vm)
+    }
+
+    fn replayed(&self, caller: &Caller, seen: CreateMicrovm) -> Result<Microvm, ControlError> {
+        match seen {
+            CreateMicrovm::Replayed { id } => Ok(self.find_microvm(caller, &id)?.microvm().as_ref().clone()),
+            _ => Err(ControlError::TokenReused),
+        }
+    }
+
+    /// The version that is to be launched, and what it was built from.
+    async fn find_active(
+        &self,
+        caller: &Caller,
+        arn: &ImageArn,
+        version: Option<&str>,
+    ) -> Result<(ImageRow, i64, ImageSpec), ControlError> {
+        let none = || ControlError::NoActiveVersion { arn: arn.to_string(), version: version.map(str::to_owned) };
+        if arn.region != caller.region {
+            return Err(none());
+        }
+        let image = self.store.image_by_name(scope(caller), &arn.name).await?.ok_or_else(none)?;
+        let number = match version {
+            Some(version) => version_number(version),
+            None => image.latest_active,
+        };
+        let number = number.ok_or_else(none)?;
+        let version = self.store.version(&image.id, number).await?.ok_or_else(none)?;
+        if version.status != word(VersionStatus::Active) {
+            return Err(none());
+        }
+        let spec = records::version(&image, version)?.spec;
+        Ok((image, number, spec))
+    }
+
+    fn find_microvm(&self, caller: &Caller, id: &str) -> Result<Arc<microvm::Handle>, ControlError> {
+        self.registry
+            .by_id(id)
+            .filter(|handle| handle.account == caller.account && handle.region == caller.region)
+            .ok_or_else(|| ControlError::MicrovmNotFound(id.to_owned()))
+    }
+
+    async fn find_image(&self, caller: &Caller, image: &str) -> Result<ImageRow, ControlError> {
+        let arn = own_arn(caller, image)?;
+        let unknown = || ControlError::ImageNotFound(image.to_owned());
+        if arn.region != caller.region {
+            return Err(unknown());
+        }
+        self.store.image_by_name(scope(caller), &arn.name).await?.ok_or_else(unknown)
+    }
+
+    async fn find_version(
+        &self,
+        caller: &Caller,
+        image: &str,
+        version: &str,
+    ) -> Result<(ImageRow, hearth_store::VersionRow), ControlError> {
+        let row = self.find_image(caller, image).await?;
+        let unknown = || ControlError::VersionNotFound { arn: image.to_owned(), version: version.to_owned() };
+        let number = version_number(version).ok_or_else(unknown)?;
+        let version = self.store.version(&row.id, number).await?.ok_or_else(unknown)?;
+        Ok((row, version))
+    }
+
+    /// What to read for a page: one record more than it holds, to know whether there is another.
+    fn keys(&self, list: &[&str], page: &PageRequest) -> Result<Keyset, ControlError> {
+        let before = page.token.as_deref().map(|cursor| self.cursors.open(list, cursor)).transpose()?;
+        Ok(Keyset { before, limit: page.limit.unwrap_or(PAGE).clamp(1, PAGE) + 1 })
+    }
+
+    fn page<Row, T>(
+        &self,
+        list: &[&str],
+        keys: Keyset,
+        mut rows: Vec<Row>,
+        seq: impl Fn(&Row) -> i64,
+        convert: impl FnMut(Row) -> Result<T, records::Unreadable>,
+    ) -> Result<Page<T>, ControlError> {
+        let limit = keys.limit as usize - 1;
+        let more = rows.len() > limit;
+        rows.truncate(limit);
+        let next = rows.last().filter(|_| more).map(|row| self.cursors.seal(list, seq(row)));
+        let items = rows.into_iter().map(convert).collect::<Result<_, _>>()?;
+        Ok(Page { items, next })
+    }
+}
+
+fn scope(caller: &Caller) -> Scope<'_> {
+    Scope { account: &caller.account, region: &caller.region }
+}
+
+fn arn_of(image: &ImageRow) -> ImageArn {
+    ImageArn { region: image.region.clone(), account: image.account.clone(), name: image.name.clone() }
+}
+
+/// An image's ARN, if it is of the caller's account.
+fn own_arn(caller: &Caller, text: &str) -> Result<ImageArn, ControlError> {
+    let arn = ImageArn::parse(text)?;
+    if arn.account == caller.account {
+        return Ok(arn);
+    }
+    Err(ControlError::Denied { principal: caller.principal.clone(), resource: text.to_owned() })
+}
+
+/// What only the domain knows about an image's specification; the API checks the rest.
+fn check_spec(caller: &Caller, spec: &ImageSpec) -> Result<(), ControlError> {
+    let base = &spec.base_image_arn;
+    if !base.starts_with("arn:") {
+        return Err(ControlError::Invalid(format!("Invalid ARN format: {base}")));
+    }
+    let version = spec.base_image_version.as_deref().unwrap_or(MANAGED_VERSIONS[0]);
+    let known = MANAGED_IMAGES.iter().any(|name| managed_image(&caller.region, name) == *base);
+    if !known || !MANAGED_VERSIONS.contains(&version) {
+        return Err(ControlError::Invalid(format!("No managed MicroVM Image with arn {base} and version {version} is available")));
+    }
+    if Shape::of(spec.memory_mib).is_none() {
+        return Err(ControlError::Invalid(format!(
+            "The requested memory size of {} MiB is not supported by base MicroVM image {base}. Supported memory sizes in MiB are: [512, 1024, 2048, 4096, 8192].",
+            spec.memory_mib
+        )));
+    }
+    Ok(())
+}
+
+fn has_run_hook(spec: &ImageSpec) -> bool {
+    spec.echoed.get("hooks").is_some_and(|hooks| hooks["microvmHooks"]["run"] == "ENABLED")
+}
+
+fn run_fingerprint(request: &RunMicrovm) -> String {
+    let RunMicrovm {
+        image,
+        version,
+        execution_role_arn,
+        idle_policy,
+        maximum_duration_seconds,
+        ingress_network_connectors,
+        egress_network_connectors,
+        run_hook_payload,
+        client_token: _,
+    } = request;
+    fingerprint(&serde_json::json!([
+        image,
+        version,
+        execution_role_arn,
+        idle_policy,
+        maximum_duration_seconds,
+        ingress_network_connectors,
+        egress_network_connectors,
+        run_hook_payload
+    ]))
+}
+
+/// SHA-256 of a request, in hexadecimal. Maps are ordered, so the same request has the same text.
+fn fingerprint(request: &serde_json::Value) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, request.to_string().as_bytes());
+    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,339 @@
+//! One build, from the artifact to the snapshot: fetch ▸ build the root file system ▸ boot ▸ start the app ▸ wait until it listens ▸ capture.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use hearth_build::{BuildRequest, Built, ImageConfig};
+use hearth_guest_protocol::App;
+use hearth_machine::{BootError, BootSpec, CaptureError, GuestError, Machine, MachineEvent, Snapshot};
+use hearth_objects::ObjectUri;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    arn::ImageArn,
+    logs::{LogLine, LogOrigin, LogWriter},
+    pump::Pump,
+    records::{millis, version_name},
+    types::BuildSizes,
+};
+
+use super::{Identity, Job, Shape, Shared, image_dir, version_dir};
+
+/// Lines of build output that wait for the log; the build waits when there are more.
+const LOG_QUEUE: usize = 256;
+/// What the guest calls itself (SPEC 9.3).
+const HOSTNAME: &str = "localhost";
+/// What the state reason says of builds that a stop or a crash of the server ended.
+pub(crate) const HOST_STOPPED: &str = "INTERNAL_PLATFORM_ERROR: The host stopped during the build.";
+const HOST_FAILED: &str = "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why.";
+
+/// Why there is no snapshot.
+#[derive(Debug)]
+pub struct Failure {
+    /// For the build's record.
+    pub reason: String,
+    /// As far as the build got.
+    pub sizes: BuildSizes,
+}
+
+/// One build that is to run.
+pub struct Pipeline {
+    shared: Arc<Shared>,
+    image: Identity,
+    job: Job,
+    log: LogWriter,
+    sizes: BuildSizes,
+}
+
+impl Pipeline {
+    pub fn new(shared: Arc<Shared>, image: Identity, job: Job) -> Self {
+        let (group, stream) = shared.build_log(&image, &job.build_id, job.created_ms);
+        let log = shared.logs.writer(&group, &stream);
+        Self { shared, image, job, log, sizes: BuildSizes::default() }
+    }
+
+    /// Builds. Leaves the snapshot, or nothing.
+    pub async fn run(mut self) -> Result<BuildSizes, Failure> {
+        let work = self.shared.settings.data_dir.join("tmp").join(format!("build-{}", self.job.build_id));
+        let result = self.build(&work).await;
+        remove(&work).await;
+        if let Err(reason) = &result {
+            remove(&version_dir(&self.shared.settings.data_dir, &self.image.id, self.job.number)).await;
+            // Keeps what other versions left, if there are any.
+            let _ = tokio::fs::remove_dir(image_dir(&self.shared.settings.data_dir, &self.image.id)).await;
+            self.say(format!("Build failed: {reason}")).await;
+        }
+        let sizes = self.sizes;
+        result.map(|()| sizes).map_err(|reason| Failure { reason, sizes })
+    }
+
+    async fn build(&mut self, work: &Path) -> Result<(), String> {
+        let shared = Arc::clone(&self.shared);
+        let stopped = || HOST_STOPPED.to_owned();
+        let _turn = tokio::select! {
+            turn = shared.turns.acquire() => turn.map_err(|_| stopped())?,
+            () = shared.stop.cancelled() => return Err(stopped()),
+        };
+        let (id, number, build_id) = (&self.image.id, self.job.number, &self.job.build_id);
+        if let Err(error) = shared.store.build_started(id, number, build_id, millis(SystemTime::now())).await {
+            return Err(self.host_failed(&error).await);
+        }
+        shared.changed();
+        let made = tokio::fs::create_dir_all(work).await;
+        if let Err(error) = made {
+            return Err(self.io_failed("creating a scratch directory", &error).await);
+        }
+        let archive = work.join("artifact.zip");
+        tokio::select! {
+            fetched = self.fetch(&archive) => fetched?,
+            () = shared.stop.cancelled() => return Err(stopped()),
+        }
+        let rootfs = work.join("rootfs.img");
+        let built = self.build_rootfs(work, archive, &rootfs).await?;
+        self.sizes.code_install = Some(built.content_bytes);
+        let machine = tokio::select! {
+            booted = self.boot(work, rootfs) => booted?,
+            () = shared.stop.cancelled() => return Err(stopped()),
+        };
+        let snapshot = self.make_snapshot(machine, &built.config).await?;
+        let manifest = &snapshot.manifest;
+        self.sizes.disk_snapshot = Some(manifest.disk_bytes);
+        self.sizes.memory_snapshot = Some(manifest.memory_bytes + manifest.device_state_bytes);
+        self.say(format!(
+            "Snapshot: {} bytes of memory and device state, {} bytes of disk.",
+            manifest.memory_bytes + manifest.device_state_bytes,
+            manifest.disk_bytes
+        ))
+        .await;
+        shared.snapshots.insert(&self.image.id, self.job.number, snapshot);
+        Ok(())
+    }
+
+    async fn fetch(&self, archive: &Path) -> Result<(), String> {
+        let uri = &self.job.spec.code_artifact_uri;
+        self.say(format!("Fetching {uri}.")).await;
+        let parsed = ObjectUri::parse(uri).map_err(|error| format!("S3_INVALID_OBJECT: {error}"))?;
+        match self.shared.objects.fetch(&parsed, archive, self.shared.settings.max_artifact_bytes).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                tracing::info!(build = self.job.build_id, %error, "an artifact could not be fetched");
+                Err(match error.reason_code() {
+                    // The rest tells of the host's files.
+                    "INTERNAL_PLATFORM_ERROR" => self.host_failed(&error).await,
+                    code => format!("{code}: {error}"),
+                })
+            }
+        }
+    }
+
+    /// Runs the Dockerfile; its output is logged as it appears.
+    async fn build_rootfs(&self, work: &Path, archive: PathBuf, rootfs: &Path) -> Result<Built, String> {
+        let shape = Shape::of(self.job.spec.memory_mib).ok_or("The requested memory size is not supported.")?;
+        let (lines, mut output) = mpsc::channel::<String>(LOG_QUEUE);
+        let request = BuildRequest {
+            id: self.job.build_id.clone(),
+            archive,
+            work_dir: work.join("build"),
+            rootfs: rootfs.to_owned(),
+            disk_bytes: shape.disk_bytes,
+            log: lines,
+        };
+        let copy = async {
+            while let Some(line) = output.recv().await {
+                self.log.append(LogLine::now(LogOrigin::Build, line)).await;
+            }
+        };
+        let (built, ()) = tokio::join!(self.shared.builder.build(request, self.shared.stop.clone()), copy);
+        match built {
+            Ok(built) => Ok(built),
+            Err(hearth_build::BuildError::Cancelled) => Err(HOST_STOPPED.to_owned()),
+            Err(error) => {
+                self.say(format!("Error: {error}")).await;
+                Err(error.state_reason())
+            }
+        }
+    }
+
+    async fn boot(&self, work: &Path, rootfs: PathBuf) -> Result<Box<dyn Machine>, String> {
+        let spec = &self.job.spec;
+        self.say(format!("Booting with {} MiB of memory.", spec.memory_mib)).await;
+        let booted = self
+            .shared
+            .engine
+            .boot(BootSpec {
+                id: format!("build-{}", self.job.build_id),
+                dir: work.join("machine"),
+                rootfs,
+                vcpus: Shape::of(spec.memory_mib).map_or(1, |shape| shape.vcpus),
+                memory_mib: spec.memory_mib,
+                timeout: self.shared.settings.boot_timeout,
+            })
+            .await;
+        match booted {
+            Ok(machine) => Ok(machine),
+            Err(BootError::Host { what, source }) => Err(self.io_failed(&what, &source).await),
+            Err(error) => Err(self.host_failed(&error).await),
+        }
+    }
+
+    /// Starts the app, waits until it is ready, and captures the machine.
+    async fn make_snapshot(&self, mut machine: Box<dyn Machine>, config: &ImageConfig) -> Result<Snapshot, String> {
+        let mut pump = Pump::start(machine.take_events(), self.log.clone());
+        let ready = tokio::select! {
+            ready = self.make_ready(machine.as_ref(), &mut pump, config) => ready,
+            () = self.shared.stop.cancelled() => Err(HOST_STOPPED.to_owned()),
+        };
+        if let Err(reason) = ready {
+            machine.kill().await;
+            pump.last_words().await;
+            return Err(reason);
+        }
+        let into = version_dir(&self.shared.settings.data_dir, &self.image.id, self.job.number);
+        if let Some(parent) = into.parent()
+            && let Err(error) = tokio::fs::create_dir_all(parent).await
+        {
+            machine.kill().await;
+            return Err(self.io_failed("creating the image's directory", &error).await);
+        }
+        self.say("The application is ready. Taking the snapshot.".to_owned()).await;
+        let captured = machine.capture(into).await;
+        pump.last_words().await;
+        match captured {
+            Ok(snapshot) => Ok(snapshot),
+            Err(CaptureError::Host { what, source }) => Err(self.io_failed(&what, &source).await),
+            Err(error) => Err(self.host_failed(&error).await),
+        }
+    }
+
+    async fn make_ready(&self, machine: &dyn Machine, pump: &mut Pump, config: &ImageConfig) -> Result<(), String> {
+        let limit = self.shared.settings.ready_timeout;
+        let deadline = Instant::now() + limit;
+        self.say(format!("Starting {:?}.", config.argv)).await;
+        match machine.start_app(self.app(config)).await {
+            Ok(()) => {}
+            Err(GuestError::App(reason)) => return Err(format!("The application could not be started: {reason}")),
+            Err(error) => return Err(self.host_failed(&error).await),
+        }
+        let exposed = &config.exposed_ports;
+        loop {
+            match timeout_at(deadline, pump.next()).await {
+                Ok(Some(MachineEvent::Listening(port))) if exposed.is_empty() || exposed.contains(&port) => {
+                    self.say(format!("The application listens on port {port}.")).await;
+                    return Ok(());
+                }
+                Ok(Some(MachineEvent::Listening(port))) => {
+                    self.say(format!(
+                        "The application listens on port {port}, which the image does not EXPOSE; waiting for one of {exposed:?}."
+                    ))
+                    .await;
+                }
+                Ok(Some(MachineEvent::AppExited(status))) => return Err(format!("Container Stopped with Exit Code: {}", status.code)),
+                Ok(Some(MachineEvent::Died { reason })) => return Err(self.host_failed(&reason).await),
+                Ok(Some(MachineEvent::Log(_))) => {}
+                Ok(None) => return Err(self.host_failed(&"the machine's events ended").await),
+                Err(_elapsed) => {
+                    return Err(format!("The application did not accept connections on an exposed port within {}.", iso_8601(limit)));
+                }
+            }
+        }
+    }
+
+    fn app(&self, config: &ImageConfig) -> App {
+        let arn = ImageArn { region: self.image.region.clone(), account: self.image.account.clone(), name: self.image.name.clone() };
+        let ours = [
+            ("AWS_LAMBDA_MICROVM_IMAGE_NAME", self.image.name.clone()),
+            ("AWS_LAMBDA_MICROVM_IMAGE_ARN", arn.to_string()),
+            ("AWS_LAMBDA_MICROVM_IMAGE_VERSION", version_name(self.job.number)),
+            ("AWS_REGION", self.image.region.clone()),
+        ];
+        let requested = self.job.spec.environment.iter().flatten().map(|(key, value)| (key.clone(), value.clone()));
+        let ours = ours.into_iter().map(|(key, value)| (key.to_owned(), value));
+        App {
+            argv: config.argv.clone(),
+            env: last_wins(config.env.iter().cloned().chain(requested).chain(ours)),
+            cwd: config.cwd.clone(),
+            user: config.user.clone(),
+            stop_signal: config.stop_signal,
+            all_capabilities: self.job.spec.all_capabilities,
+            hostname: HOSTNAME.to_owned(),
+        }
+    }
+
+    async fn say(&self, text: String) {
+        self.log.append(LogLine::now(LogOrigin::System, text)).await;
+    }
+
+    /// The reason of a failure that is not the image's fault. What it was goes to the logs.
+    async fn host_failed(&self, error: &(dyn std::fmt::Display + Sync)) -> String {
+        let text = error.to_string();
+        tracing::error!(build = self.job.build_id, error = text, "a build failed because of this host");
+        self.say(format!("Error: {text}")).await;
+        HOST_FAILED.to_owned()
+    }
+
+    async fn io_failed(&self, what: &str, error: &io::Error) -> String {
+        let reason = self.host_failed(&format!("{what}: {error}")).await;
+        if error.kind() == io::ErrorKind::StorageFull { "DISK_STORAGE_FULL: The host's disk is full.".to_owned() } else { reason }
+    }
+}
+
+/// The environment without the values that later ones replace, in order of first appearance.
+fn last_wins(all: impl Iterator<Item = (String, String)>) -> Vec<(String, String)> {
+    let mut environment: Vec<(String, String)> = Vec::new();
+    for (key, value) in all {
+        match environment.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, old)) => *old = value,
+            None => environment.push((key, value)),
+        }
+    }
+    environment
+}
+
+/// A duration the way the service writes it: `PT5M`, `PT90S` as `PT1M30S`.
+fn iso_8601(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let mut text = "PT".to_owned();
+    for (amount, unit) in [(seconds / 3600, 'H'), (seconds / 60 % 60, 'M'), (seconds % 60, 'S')] {
+        if amount > 0 {
+            text.push_str(&amount.to_string());
+            text.push(unit);
+        }
+    }
+    if text.len() == 2 { "PT0S".to_owned() } else { text }
+}
+
+/// Deletes a directory that may not be there.
+async fn remove(dir: &Path) {
+    match tokio::fs::remove_dir_all(dir).await {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(dir = %dir.display(), %error, "files of a build are left until the next start");
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_values_replace_earlier_ones_where_those_stood() {
+        let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        let all = [pair("A", "1"), pair("B", "2"), pair("A", "3")];
+        assert_eq!(last_wins(all.into_iter()), [pair("A", "3"), pair("B", "2")]);
+    }
+
+    #[test]
+    fn durations_are_written_as_the_service_does() {
+        for (seconds, text) in [(0, "PT0S"), (20, "PT20S"), (90, "PT1M30S"), (300, "PT5M"), (3600, "PT1H")] {
+            assert_eq!(iso_8601(Duration::from_secs(seconds)), text);
+        }
+    }
+}

@@ -1,0 +1,431 @@
+//! The task that owns a MicroVM: the only code that changes its state.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures::future::BoxFuture;
+use hearth_machine::{Dial, LaunchSource, LaunchSpec, Machine, MachineEvent};
+use hearth_store::StoreError;
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    logs::{LogGroup, LogLine, LogOrigin, LogWriter, stream_name},
+    plane::Activity,
+    pump::Pump,
+    records,
+    types::MicrovmState,
+};
+
+use super::{
+    CallError, Record, Request, Shared, SuspendedBy, View, Wish,
+    policy::{self, Decision, Done, Message, Next, Situation},
+    reason, wakes,
+};
+
+/// The driver's ends of a [`super::Handle`].
+pub struct Channels {
+    pub publish: watch::Sender<View>,
+    pub mailbox: mpsc::UnboundedReceiver<Request>,
+    pub wake: Arc<Notify>,
+    pub activity: Arc<Activity>,
+}
+
+/// A machine that runs.
+struct Running {
+    machine: Box<dyn Machine>,
+    dialer: Arc<dyn Dial>,
+    pump: Pump,
+}
+
+/// What an operation leaves.
+enum Outcome {
+    Launched(Result<Box<dyn Machine>, String>),
+    Suspended(Result<(), String>),
+    Cleared,
+}
+
+pub struct Driver {
+    shared: Arc<Shared>,
+    record: Record,
+    channels: Channels,
+    dir: PathBuf,
+    log: LogWriter,
+    running: Option<Running>,
+    /// Launch, suspend or clear, one at a time.
+    operation: Option<BoxFuture<'static, Outcome>>,
+    next: Option<Next>,
+    stopping: bool,
+    lifetime_end: Instant,
+    suspended_end: Option<Instant>,
+}
+
+impl Driver {
+    pub fn new(shared: Arc<Shared>, record: Record, channels: Channels) -> Self {
+        let group = LogGroup::of_image(&record.account, &record.region, &record.image_name);
+        let log = shared.logs.writer(&group, &stream_name(record.vm.started_at, &record.vm.version, &record.vm.id));
+        let dir = shared.dir.join(&record.vm.id);
+        let lifetime_end = in_future(record.vm.started_at, Duration::from_secs(record.vm.maximum_duration_seconds.into()));
+        let mut driver = Self {
+            shared,
+            record,
+            channels,
+            dir,
+            log,
+            running: None,
+            operation: None,
+            next: None,
+            stopping: false,
+            lifetime_end,
+            suspended_end: None,
+        };
+        if driver.record.vm.state == MicrovmState::Pending {
+            driver.operation = Some(driver.launch(LaunchSource::Snapshot));
+        }
+        driver.suspended_end = driver.suspended_end();
+        driver
+    }
+
+    pub async fn run(mut self) {
+        while !self.is_at_rest() {
+            let timer = self.timer();
+            let due = timer.as_ref().map_or_else(Instant::now, |(at, _)| *at);
+            tokio::select! {
+                outcome = finished(&mut self.operation) => self.done(outcome).await,
+                Some(request) = self.channels.mailbox.recv() => self.answer(request).await,
+                () = self.channels.wake.notified() => self.consider_alone(Message::Wake).await,
+                event = next_event(&mut self.running) => self.heard(event).await,
+                () = sleep_until(due), if timer.is_some() => self.timer_fired().await,
+            }
+        }
+    }
+
+    /// Whether nothing will change any more.
+    fn is_at_rest(&self) -> bool {
+        match self.record.vm.state {
+            MicrovmState::Terminated => true,
+            MicrovmState::Suspended => self.stopping,
+            _ => false,
+        }
+    }
+
+    fn situation(&self) -> Situation {
+        Situation {
+            state: self.record.vm.state,
+            wakes: wakes(&self.record),
+            sleeps: self.record.vm.idle_policy.is_none_or(|policy| policy.suspended_seconds > 0),
+            stopping: self.stopping,
+        }
+    }
+
+    async fn answer(&mut self, request: Request) {
+        let message = match request.call {
+            Wish::Call(call) => Message::Call(call),
+            Wish::HostShutdown => {
+                self.stopping = true;
+                Message::HostShutdown
+            }
+        };
+        let result = self.consider(message).await;
+        // Fails when the caller has gone away, which changes nothing.
+        let _ = request.answer.send(result);
+    }
+
+    async fn consider_alone(&mut self, message: Message) {
+        if let Err(error) = self.consider(message.clone()).await {
+            tracing::error!(id = self.record.vm.id, ?message, %error, "a MicroVM's transition failed");
+        }
+    }
+
+    async fn consider(&mut self, message: Message) -> Result<(), CallError> {
+        match policy::decide(self.situation(), message) {
+            Decision::Nothing => Ok(()),
+            Decision::Refuse => Err(CallError::Terminated),
+            Decision::Remember(next) => {
+                self.next = next;
+                Ok(())
+            }
+            Decision::Resume => self.resume().await,
+            Decision::EnterRunning => {
+                self.enter_running().await;
+                Ok(())
+            }
+            Decision::Suspend(by) => self.suspend(by).await,
+            Decision::EnterSuspended => {
+                self.enter_suspended().await;
+                Ok(())
+            }
+            Decision::End(reason) => self.end(reason).await,
+            Decision::Clear => {
+                self.operation = Some(self.clear());
+                Ok(())
+            }
+            Decision::EnterTerminated => {
+                self.enter_terminated().await;
+                Ok(())
+            }
+        }
+    }
+
+    async fn done(&mut self, outcome: Outcome) {
+        let done = match outcome {
+            Outcome::Launched(Ok(machine)) => {
+                self.attach(machine);
+                Done::Launched
+            }
+            Outcome::Launched(Err(reason)) => Done::LaunchFailed(reason),
+            Outcome::Suspended(Ok(())) => Done::Suspended,
+            Outcome::Suspended(Err(reason)) => Done::SuspendFailed(reason),
+            Outcome::Cleared => Done::Cleared,
+        };
+        self.consider_alone(Message::Done(done)).await;
+        // A transition that ends in another one keeps what is to follow for later.
+        if matches!(self.record.vm.state, MicrovmState::Running | MicrovmState::Suspended) {
+            match self.next.take() {
+                Some(Next::Suspend(by)) => {
+                    if let Err(error) = self.suspend(by).await {
+                        tracing::error!(id = self.record.vm.id, %error, "a MicroVM could not be suspended after its launch");
+                    }
+                }
+                Some(Next::Resume) => {
+                    if let Err(error) = self.resume().await {
+                        tracing::error!(id = self.record.vm.id, %error, "a MicroVM could not be resumed after its suspend");
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
+    async fn heard(&mut self, event: MachineEvent) {
+        match event {
+            MachineEvent::AppExited(status) => self.consider_alone(Message::AppExited(status.code)).await,
+            MachineEvent::Died { reason } => self.consider_alone(Message::Died(reason)).await,
+            MachineEvent::Listening(_) | MachineEvent::Log(_) => {}
+        }
+    }
+
+    /// What is due next, and when. The idle timer only knows the activity up to now: whoever it wakes looks again.
+    fn timer(&self) -> Option<(Instant, Message)> {
+        let state = self.record.vm.state;
+        if matches!(state, MicrovmState::Terminating | MicrovmState::Terminated) {
+            return None;
+        }
+        let lifetime = (self.lifetime_end, Message::LifetimeOver);
+        let other = match state {
+            MicrovmState::Running => self.idle_end().map(|at| (at, Message::Idle)),
+            MicrovmState::Suspended => self.suspended_end.map(|at| (at, Message::SuspendedTooLong)),
+            _ => None,
+        };
+        Some(other.filter(|(at, _)| *at < lifetime.0).unwrap_or(lifetime))
+    }
+
+    async fn timer_fired(&mut self) {
+        if let Some((at, message)) = self.timer()
+            && at <= Instant::now()
+        {
+            self.consider_alone(message).await;
+        }
+    }
+
+    /// When the MicroVM has been idle for long enough.
+    fn idle_end(&self) -> Option<Instant> {
+        let policy = self.record.vm.idle_policy?;
+        Some(Instant::from_std(self.channels.activity.last()) + Duration::from_secs(policy.max_idle_seconds.into()))
+    }
+
+    /// When the MicroVM has been suspended for long enough.
+    fn suspended_end(&self) -> Option<Instant> {
+        let seconds = self.record.vm.idle_policy?.suspended_seconds;
+        let counts = seconds > 0 && self.record.suspended_by != Some(SuspendedBy::Host);
+        let since = self.record.suspended_at.filter(|_| counts)?;
+        Some(in_future(since, Duration::from_secs(seconds.into())))
+    }
+
+    fn launch(&self, source: LaunchSource) -> BoxFuture<'static, Outcome> {
+        let shared = Arc::clone(&self.shared);
+        let (id, dir, generation) = (self.record.vm.id.clone(), self.dir.clone(), self.record.generation);
+        let (image_id, number) = (self.record.image_id.clone(), self.record.number);
+        Box::pin(async move {
+            let launched = async {
+                let snapshot = shared.snapshots.get(&image_id, number).await?;
+                shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, generation }).await
+            };
+            Outcome::Launched(launched.await.map_err(|error| {
+                tracing::error!(id, generation, %error, "a MicroVM could not be launched");
+                reason::launch_failed(&error)
+            }))
+        })
+    }
+
+    async fn resume(&mut self) -> Result<(), CallError> {
+        let mut record = self.record.clone();
+        record.vm.state = MicrovmState::Pending;
+        record.generation += 1;
+        save(&self.shared, &record).await?;
+        self.record = record;
+        self.suspended_end = None;
+        self.publish(None);
+        self.operation = Some(self.launch(LaunchSource::Suspended));
+        Ok(())
+    }
+
+    /// Takes over a machine that the engine launched.
+    fn attach(&mut self, mut machine: Box<dyn Machine>) {
+        let pump = Pump::start(machine.take_events(), self.log.clone());
+        self.running = Some(Running { dialer: machine.dialer(), machine, pump });
+    }
+
+    async fn enter_running(&mut self) {
+        self.record.vm.state = MicrovmState::Running;
+        self.record.suspended_at = None;
+        self.record.suspended_by = None;
+        self.save_after_the_fact().await;
+        self.channels.activity.touch();
+        self.publish(self.dialer());
+    }
+
+    async fn suspend(&mut self, by: SuspendedBy) -> Result<(), CallError> {
+        self.publish(None);
+        if by == SuspendedBy::Idle && self.idle_end().is_some_and(|at| at > Instant::now()) {
+            self.publish(self.dialer());
+            return Ok(());
+        }
+        let mut record = self.record.clone();
+        record.vm.state = MicrovmState::Suspending;
+        record.suspended_by = Some(by);
+        if let Err(error) = save(&self.shared, &record).await {
+            // The idle timer tries again when it would have fired next.
+            self.channels.activity.touch();
+            self.publish(self.dialer());
+            return Err(error.into());
+        }
+        self.record = record;
+        self.publish(None);
+        let Some(Running { machine, pump, .. }) = self.running.take() else {
+            return self.end(reason::died("the server lost track of it")).await;
+        };
+        let id = self.record.vm.id.clone();
+        self.operation = Some(Box::pin(async move {
+            let suspended = machine.suspend().await;
+            pump.last_words().await;
+            Outcome::Suspended(match suspended {
+                Ok(written) => {
+                    tracing::debug!(id, dirty_bytes = written.dirty_bytes, device_state_bytes = written.device_state_bytes, "suspended");
+                    Ok(())
+                }
+                Err(error) => {
+                    tracing::error!(id, %error, "a MicroVM could not be suspended");
+                    Err(reason::suspend_failed(&error))
+                }
+            })
+        }));
+        Ok(())
+    }
+
+    async fn enter_suspended(&mut self) {
+        self.record.vm.state = MicrovmState::Suspended;
+        self.record.suspended_at = Some(SystemTime::now());
+        if self.stopping {
+            // Whoever asked first: it would have been resumed, or kept running, had the host not stopped.
+            self.next = None;
+        }
+        self.save_after_the_fact().await;
+        self.suspended_end = self.suspended_end();
+        self.publish(None);
+    }
+
+    /// Begins the end. It goes on even if it cannot be recorded: a full disk is no reason to keep what fills it.
+    async fn end(&mut self, reason: String) -> Result<(), CallError> {
+        self.log.offer(LogLine::now(LogOrigin::System, format!("MicroVM terminates: {reason}")));
+        self.record.vm.state = MicrovmState::Terminating;
+        self.record.vm.state_reason = Some(reason);
+        self.next = None;
+        let saved = save(&self.shared, &self.record).await;
+        self.publish(None);
+        if self.operation.is_none() {
+            self.operation = Some(self.clear());
+        }
+        Ok(saved?)
+    }
+
+    fn clear(&mut self) -> BoxFuture<'static, Outcome> {
+        let (running, dir) = (self.running.take(), self.dir.clone());
+        Box::pin(async move {
+            if let Some(Running { machine, pump, .. }) = running {
+                machine.kill().await;
+                pump.last_words().await;
+            }
+            match tokio::fs::remove_dir_all(&dir).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(dir = %dir.display(), %error, "files of a terminated MicroVM are left until the next start");
+                }
+                _ => {}
+            }
+            Outcome::Cleared
+        })
+    }
+
+    async fn enter_terminated(&mut self) {
+        self.record.vm.state = MicrovmState::Terminated;
+        self.record.vm.terminated_at = Some(SystemTime::now());
+        self.save_after_the_fact().await;
+        self.publish(None);
+        self.shared.terminated.notify_one();
+    }
+
+    fn dialer(&self) -> Option<Arc<dyn Dial>> {
+        self.running.as_ref().map(|running| Arc::clone(&running.dialer))
+    }
+
+    fn publish(&self, dialer: Option<Arc<dyn Dial>>) {
+        self.channels.publish.send_replace(View { vm: Arc::new(self.record.vm.clone()), wakes: wakes(&self.record), dialer });
+        self.shared.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Records what has already happened. If that fails, a restart finds out by itself: it goes by the files.
+    async fn save_after_the_fact(&mut self) {
+        if let Err(error) = save(&self.shared, &self.record).await {
+            tracing::error!(id = self.record.vm.id, state = ?self.record.vm.state, %error, "a MicroVM's state could not be recorded");
+        }
+    }
+}
+
+/// What the machine says next; never, if there is none or it has said everything. Cancel safe.
+async fn next_event(running: &mut Option<Running>) -> MachineEvent {
+    let event = match running {
+        Some(running) => running.pump.next().await,
+        None => None,
+    };
+    match event {
+        Some(event) => event,
+        None => std::future::pending().await,
+    }
+}
+
+/// The operation's outcome; never, if there is none. Cancel safe.
+async fn finished(operation: &mut Option<BoxFuture<'static, Outcome>>) -> Outcome {
+    match operation {
+        Some(running) => {
+            let outcome = running.await;
+            *operation = None;
+            outcome
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn save(shared: &Shared, record: &Record) -> Result<(), StoreError> {
+    shared.store.save_microvm(&record.vm.id, &records::change(record)).await
+}
+
+/// The instant that lies `after` later than a time on the wall.
+fn in_future(since: SystemTime, after: Duration) -> Instant {
+    let passed = SystemTime::now().duration_since(since).unwrap_or_default();
+    Instant::now() + after.saturating_sub(passed)
+}

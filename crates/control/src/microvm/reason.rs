@@ -1,0 +1,44 @@
+//! State reasons of MicroVMs: the service's own where they are known (SPEC 2.1). They reach callers, so they tell no paths of the host.
+
+use hearth_machine::{LaunchError, SnapshotError, SuspendError};
+
+pub const TERMINATE_CALL: &str = "Success.";
+pub const LIFETIME_OVER: &str = "MicroVM exceeded maximum lifetime.";
+pub const SUSPENDED_TOO_LONG: &str = "MicroVM exceeded maximum suspended duration.";
+pub const IDLE: &str = "MicroVM exceeded maximum idle duration.";
+/// What a server says of the MicroVMs that ran when an earlier one died.
+pub const HOST_STOPPED: &str = "The host stopped while the MicroVM was running.";
+
+pub fn app_exited(code: i32) -> String {
+    format!("Container Stopped with Exit Code: {code}")
+}
+
+pub fn died(what: &str) -> String {
+    format!("The MicroVM's machine ended unexpectedly: {what}. Run another one; if it happens again, see the server's log.")
+}
+
+pub fn launch_failed(error: &LaunchError) -> String {
+    match error {
+        LaunchError::Snapshot(SnapshotError::Platform { .. }) => format!("The MicroVM cannot be launched: {error}."),
+        LaunchError::Snapshot(_) => {
+            "The MicroVM cannot be launched: its state on disk is missing or damaged. Rebuild the image; the server's log says what is wrong."
+                .to_owned()
+        }
+        LaunchError::Guest(error) => format!("The MicroVM could not be launched: {error}."),
+        LaunchError::Host { .. } | LaunchError::Monitor(_) => {
+            "The MicroVM could not be launched because of its host: the server's log and `hearth doctor` say what is missing.".to_owned()
+        }
+    }
+}
+
+pub fn suspend_failed(error: &SuspendError) -> String {
+    match error {
+        SuspendError::Host { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+            "The MicroVM could not be suspended: the host's disk is full.".to_owned()
+        }
+        SuspendError::Guest(error) => format!("The MicroVM could not be suspended: {error}."),
+        SuspendError::Host { .. } | SuspendError::Monitor(_) => {
+            "The MicroVM could not be suspended because of its host: the server's log says why.".to_owned()
+        }
+    }
+}

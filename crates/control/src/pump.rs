@@ -1,0 +1,48 @@
+//! Takes a machine's events apart: its log lines go to the log, the rest to whoever drives it.
+
+use std::time::Duration;
+
+use hearth_machine::MachineEvent;
+use tokio::{sync::mpsc, task::JoinHandle};
+
+use crate::logs::{LogLine, LogWriter};
+
+/// Events other than log lines that wait for the driver. There are a few in a machine's life; what a guest invents beyond that is lost.
+const EVENT_QUEUE: usize = 256;
+/// How long the last log lines of a machine that is gone are waited for.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// A machine's events, without its log lines.
+pub(crate) struct Pump {
+    events: mpsc::Receiver<MachineEvent>,
+    task: JoinHandle<()>,
+}
+
+impl Pump {
+    pub fn start(events: Option<mpsc::Receiver<MachineEvent>>, log: LogWriter) -> Self {
+        let (others, receiver) = mpsc::channel(EVENT_QUEUE);
+        let task = tokio::spawn(async move {
+            let Some(mut events) = events else { return };
+            while let Some(event) = events.recv().await {
+                match event {
+                    MachineEvent::Log(record) => log.append(LogLine::from(record)).await,
+                    // Nobody may be waiting any more, and that must not keep the log back.
+                    event => drop(others.try_send(event)),
+                }
+            }
+        });
+        Self { events: receiver, task }
+    }
+
+    /// The next event; `None` when the machine has said everything.
+    pub async fn next(&mut self) -> Option<MachineEvent> {
+        self.events.recv().await
+    }
+
+    /// Waits until the log of a machine that is gone is written, but not for ever.
+    pub async fn last_words(mut self) {
+        if tokio::time::timeout(LAST_LINES, &mut self.task).await.is_err() {
+            self.task.abort();
+        }
+    }
+}
