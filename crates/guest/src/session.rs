@@ -7,6 +7,7 @@ use hearth_guest_protocol::{
     App, BOOT_MARKER, GuestMessage, Hello, HostMessage, LogSource, Marker, Mux, Ready, Stream, StreamHeader, VERSION, WireError,
     await_marker, mux::MuxDriver, read_message, write_message,
 };
+use nix::unistd::Pid;
 use tokio::{
     io::{AsyncWriteExt, ReadHalf, WriteHalf},
     sync::{mpsc, oneshot},
@@ -15,7 +16,7 @@ use tokio::{
 };
 
 use crate::{
-    app::Application,
+    app::{Application, StartError},
     boot::{Machine, ROOTFS},
     dial,
     identity::{self, Names},
@@ -178,21 +179,24 @@ impl Guest {
         news: &mpsc::Sender<GuestMessage>,
         tasks: &mut JoinSet<()>,
     ) -> Result<(), WireError> {
+        match self.launch(app).await {
+            Ok((pid, watch)) => {
+                write_message(writer, &GuestMessage::Started { pid: pid.as_raw().unsigned_abs() }).await?;
+                tasks.spawn(announce_listeners(watch, news.clone()));
+                Ok(())
+            }
+            Err(error) => write_message(writer, &GuestMessage::StartFailed { reason: error.to_string() }).await,
+        }
+    }
+
+    async fn launch(&self, app: &App) -> anyhow::Result<(Pid, Watch)> {
+        if self.application.has_started().await {
+            return Err(StartError::AlreadyStarted.into());
+        }
+        self.names.set_hostname(&app.hostname)?;
         // Before the application runs, so that its first listener is seen.
         let watch = Watch::begin();
-        let answer = match self.names.set_hostname(&app.hostname) {
-            Err(error) => GuestMessage::StartFailed { reason: error.to_string() },
-            Ok(()) => match self.application.start(app).await {
-                Ok(pid) => GuestMessage::Started { pid: pid.as_raw().unsigned_abs() },
-                Err(error) => GuestMessage::StartFailed { reason: error.to_string() },
-            },
-        };
-        let started = matches!(answer, GuestMessage::Started { .. });
-        write_message(writer, &answer).await?;
-        if started {
-            tasks.spawn(announce_listeners(watch, news.clone()));
-        }
-        Ok(())
+        Ok((self.application.start(app).await?, watch))
     }
 }
 

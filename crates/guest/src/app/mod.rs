@@ -76,6 +76,11 @@ impl Application {
         self.exit.subscribe()
     }
 
+    /// Whether the application runs or has run.
+    pub async fn has_started(&self) -> bool {
+        !matches!(*self.state.lock().await, State::NotStarted)
+    }
+
     /// Starts the application and returns its process id once its own code runs.
     pub async fn start(&self, app: &App) -> Result<Pid, StartError> {
         let mut state = self.state.lock().await;

@@ -1,0 +1,355 @@
+//! The guest on a real kernel: boots the kit under QEMU and plays the host's part. Needs QEMU, mkfs.ext4 and the guest kit
+//! (`cargo xtask kit`); skipped where there is none.
+
+use std::{
+    collections::BTreeSet,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use hearth_guest_protocol::{
+    App, BOOT_MARKER, DialReply, ExitStatus, GuestMessage, Hello, HostMessage, LogRecord, LogSource, Marker, MarkerTrigger, MarkerWatch,
+    Mux, Network, PORT_NAME, Stream, StreamHeader, VERSION, read_message, write_message,
+};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    process::{Child, Command},
+    sync::mpsc,
+    task::JoinHandle,
+    time::timeout,
+};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+const DETACH_MARKER: Marker = *b"0123456789abcdef";
+/// 2033: a clock that no test machine has by itself.
+const LATER: u64 = 2_000_000_000;
+
+/// Tells what a container looks like from within, then serves: `exit N` ends it, anything else is echoed after the end of the request.
+const APPLICATION: &str = r#"
+printf 'pid %s\n' $$
+printf 'user %s:%s %s\n' "$(id -u)" "$(id -g)" "$(id -G | tr ' ' ,)"
+printf 'files %s %s\n' "$(ulimit -Sn)" "$(ulimit -Hn)"
+printf 'cwd %s\n' "$PWD"
+printf 'home %s\n' "$HOME"
+printf 'greeting %s\n' "$GREETING"
+printf 'host %s %s\n' "$(uname -n)" "$(cat /etc/hostname)"
+printf 'bounding %s\n' "$(sed -n 's/CapBnd:\t//p' /proc/self/status)"
+printf 'effective %s\n' "$(sed -n 's/CapEff:\t//p' /proc/self/status)"
+printf 'dev %s\n' "$(ls /dev | tr '\n' ,)"
+printf 'shm %s\n' "$(df -k --output=size /dev/shm | tail -n 1 | tr -d ' ')"
+printf 'processes %s\n' "$(ls /proc | grep -c '^[0-9]*$')"
+printf 'resolver %s\n' "$(cat /etc/resolv.conf)"
+printf 'routes %s\n' "$(awk '/^eth0/{print $2 "-" $3 "-" $8}' /proc/net/route | tr '\n' ,)"
+printf 'mounts %s\n' "$(awk '{print $2}' /proc/mounts | sort -u | tr '\n' ,)"
+echo x 2>/dev/null > /proc/sys/kernel/hostname && echo 'sysctl writable' || echo 'sysctl read-only'
+echo x > /dev/stdout
+echo 'to stderr' >&2
+exec perl -e '
+use IO::Socket; $| = 1; $SIG{CHLD} = "IGNORE";
+$s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 80, Listen => 5) or die "listen: $!";
+while (1) {
+    $c = $s->accept or next;
+    $r = join "", <$c>;
+    exit $1 if $r =~ /^exit (\d+)/;
+    print "time ", time, "\n" if $r eq "time";
+    print $c $r; close $c;
+}'
+"#;
+
+struct Vm {
+    _dir: TempDir,
+    qemu: Child,
+    console: PathBuf,
+    channel: PathBuf,
+}
+
+impl Vm {
+    /// Nothing, and a word on why, where machines cannot run.
+    async fn boot() -> Option<Self> {
+        let kit =
+            std::env::var_os("HEARTH_KIT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/kit"), PathBuf::from);
+        if !kit.join("manifest.json").exists() {
+            eprintln!("skipped: no guest kit in {}", kit.display());
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let disk = make_disk(&kit.join("base.tar"), dir.path()).await;
+        let (console, channel) = (dir.path().join("console"), dir.path().join("channel"));
+        let qemu = Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-M", "microvm", "-accel", "tcg", "-cpu", "max"])
+            .args(["-m", "512M", "-device", "virtio-serial-device", "-device", "virtio-blk-device,drive=d"])
+            .args(["-netdev", "user,id=n", "-device", "virtio-net-device,netdev=n"])
+            .arg("-kernel")
+            .arg(kit.join("vmlinuz"))
+            .arg("-initrd")
+            .arg(kit.join("initramfs.cpio"))
+            .arg("-append")
+            .arg(format!("console=ttyS0 quiet panic=-1 tsc_early_khz={}", tsc_khz()))
+            .arg("-drive")
+            .arg(format!("id=d,file={},format=raw,if=none", disk.display()))
+            .arg("-chardev")
+            .arg(format!("socket,id=c,path={},reconnect=1", channel.display()))
+            .args(["-device", &format!("virtserialport,chardev=c,name={PORT_NAME}"), "-serial"])
+            .arg(format!("file:{}", console.display()))
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        Some(Self { _dir: dir, qemu, console, channel })
+    }
+
+    /// Waits for the machine to connect. Each listener takes one connection: the host of one session.
+    fn host(&self) -> Host {
+        let _ = std::fs::remove_file(&self.channel);
+        Host { listener: UnixListener::bind(&self.channel).unwrap() }
+    }
+
+    fn console(&self) -> String {
+        std::fs::read_to_string(&self.console).unwrap_or_default()
+    }
+}
+
+struct Host {
+    listener: UnixListener,
+}
+
+/// The host's side of a session.
+struct Session {
+    mux: Mux,
+    control: Stream,
+    logs: mpsc::UnboundedReceiver<LogRecord>,
+    trigger: MarkerTrigger,
+    driver: JoinHandle<()>,
+}
+
+impl Host {
+    async fn connection(&self) -> UnixStream {
+        timeout(PATIENCE, self.listener.accept()).await.expect("QEMU connects").unwrap().0
+    }
+}
+
+impl Session {
+    async fn open(mut io: UnixStream, marker: Marker, clock_seconds: u64) -> Self {
+        // What an earlier session left in flight must not matter.
+        io.write_all(b"left over").await.unwrap();
+        io.write_all(&marker).await.unwrap();
+        let (io, trigger) = MarkerWatch::new(io);
+        let (mux, mut driver) = Mux::client(io);
+        let mut control = mux.open().await.unwrap();
+        write_message(&mut control, &StreamHeader::Control).await.unwrap();
+        let network = Network {
+            address: Ipv4Addr::new(10, 0, 2, 15),
+            prefix: 24,
+            gateway: Ipv4Addr::new(10, 0, 2, 2),
+            nameservers: vec![Ipv4Addr::new(10, 0, 2, 3)],
+            mtu: 1400,
+        };
+        let hello = Hello {
+            protocol: VERSION,
+            vm_id: "microvm-test".into(),
+            generation: 1,
+            wall_clock_ns: clock_seconds * 1_000_000_000,
+            entropy: vec![7; 600],
+            network: Some(network),
+        };
+        write_message(&mut control, &HostMessage::Hello(hello)).await.unwrap();
+        match timeout(PATIENCE, read_message(&mut control)).await.expect("the guest answers").unwrap() {
+            GuestMessage::Ready(ready) => assert_eq!((ready.protocol, ready.kernel.starts_with("6.")), (VERSION, true)),
+            other => panic!("{other:?} instead of Ready"),
+        }
+        let (sender, logs) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            let mut stream = driver.inbound.recv().await.expect("the guest opens its log");
+            assert_eq!(read_message::<StreamHeader>(&mut stream).await.unwrap(), StreamHeader::Log);
+            while let Ok(record) = read_message(&mut stream).await {
+                let _ = sender.send(record);
+            }
+        });
+        Self { mux, control, logs, trigger, driver: driver.task }
+    }
+
+    async fn start(&mut self, app: App) -> GuestMessage {
+        write_message(&mut self.control, &HostMessage::Start(app)).await.unwrap();
+        self.message().await
+    }
+
+    async fn message(&mut self) -> GuestMessage {
+        timeout(PATIENCE, read_message(&mut self.control)).await.expect("the guest says something").unwrap()
+    }
+
+    async fn line(&mut self) -> LogRecord {
+        timeout(PATIENCE, self.logs.recv()).await.expect("the application says something").unwrap()
+    }
+
+    async fn dial(&self, port: u16) -> (Stream, DialReply) {
+        let mut stream = self.mux.open().await.unwrap();
+        write_message(&mut stream, &StreamHeader::Dial { port }).await.unwrap();
+        let reply = timeout(PATIENCE, read_message(&mut stream)).await.expect("the guest dials").unwrap();
+        (stream, reply)
+    }
+
+    async fn ask(&self, request: &str) -> String {
+        let (mut stream, reply) = self.dial(80).await;
+        assert_eq!(reply, DialReply::Connected);
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        timeout(PATIENCE, stream.read_to_string(&mut answer)).await.expect("the application answers").unwrap();
+        answer
+    }
+
+    async fn detach(mut self) {
+        let seen = self.trigger.arm(DETACH_MARKER);
+        write_message(&mut self.control, &HostMessage::Detach { marker: DETACH_MARKER }).await.unwrap();
+        timeout(PATIENCE, seen).await.expect("the guest answers Detach").unwrap();
+    }
+}
+
+impl Drop for Session {
+    /// Closes the connection.
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+async fn make_disk(base: &Path, dir: &Path) -> PathBuf {
+    let tree = dir.join("tree");
+    let disk = dir.join("disk");
+    std::fs::create_dir(&tree).unwrap();
+    let run = async |command: &mut Command| assert!(command.status().await.unwrap().success(), "{command:?}");
+    run(Command::new("tar").arg("-xf").arg(base).arg("-C").arg(&tree)).await;
+    std::fs::write(tree.join("etc/resolv.conf"), "nameserver 9.9.9.9\n").unwrap();
+    std::fs::create_dir(tree.join("app")).unwrap();
+    for (name, text) in [("orphan", "#!/no/such/interpreter\n"), ("noise", "no magic number\n")] {
+        let path = tree.join("app").join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    std::fs::File::create(&disk).unwrap().set_len(1 << 30).unwrap();
+    run(Command::new("mkfs.ext4").args(["-q", "-F", "-d"]).arg(&tree).arg(&disk)).await;
+    std::fs::remove_dir_all(&tree).unwrap();
+    disk
+}
+
+/// microvm has no timer that the guest's kernel could measure an emulated counter against.
+fn tsc_khz() -> u64 {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let mhz = cpuinfo.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split(": ").nth(1)?.split('.').next()?.parse::<u64>().ok());
+    mhz.unwrap() * 1000
+}
+
+fn app(argv: &[&str]) -> App {
+    App {
+        argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
+        env: vec![("GREETING".into(), "good morning".into())],
+        cwd: "/srv/made/for/it".into(),
+        user: String::new(),
+        stop_signal: 15,
+        all_capabilities: false,
+        hostname: "box".into(),
+    }
+}
+
+fn now_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+async fn failure(session: &mut Session, app: App) -> String {
+    match session.start(app).await {
+        GuestMessage::StartFailed { reason } => reason,
+        other => panic!("{other:?} instead of StartFailed"),
+    }
+}
+
+#[tokio::test]
+async fn a_guest_serves_one_host_after_another() {
+    let Some(mut vm) = Vm::boot().await else { return };
+    let host = vm.host();
+    let mut session = Session::open(host.connection().await, BOOT_MARKER, now_seconds()).await;
+
+    // What cannot be started says why, and may be corrected.
+    for (argv, reason) in [
+        (&["/app/run"][..], "/app/run: no such file or directory"),
+        (&["no-such-program"], "\"no-such-program\": executable file not found in PATH"),
+        (&["/app"], "/app: permission denied"),
+        (&["/app/orphan"], "/app/orphan: its interpreter or loader: no such file or directory"),
+        (&["/app/noise"], "/app/noise: exec format error"),
+    ] {
+        assert_eq!(failure(&mut session, app(argv)).await, reason);
+    }
+    let stranger = App { user: "stranger".into(), ..app(&["true"]) };
+    assert_eq!(failure(&mut session, stranger).await, "USER stranger: there is no such user in /etc/passwd");
+
+    let GuestMessage::Started { pid } = session.start(app(&["sh", "-c", APPLICATION])).await else { panic!("not started") };
+    assert!(pid > 1);
+    assert_eq!(failure(&mut session, app(&["true"])).await, "the application has already been started");
+    assert_eq!(session.message().await, GuestMessage::Listening { port: 80 });
+
+    let mut told = Vec::new();
+    while told.len() < 18 {
+        let record = session.line().await;
+        assert_eq!(record.dropped, 0);
+        assert!(record.time_ns.abs_diff(now_seconds() * 1_000_000_000) < 60_000_000_000, "the clock was set");
+        told.push((record.source, String::from_utf8(record.line).unwrap()));
+    }
+    let say = |name: &str| {
+        let prefix = format!("{name} ");
+        told.iter().find_map(|(_, line)| line.strip_prefix(&prefix)).unwrap_or_else(|| panic!("no {name} in {told:?}"))
+    };
+    assert_eq!(say("pid"), "1");
+    assert_eq!(say("user"), "0:0 0");
+    assert_eq!(say("files"), "1024 524288");
+    assert_eq!(say("cwd"), "/srv/made/for/it");
+    assert_eq!(say("home"), "/root");
+    assert_eq!(say("greeting"), "good morning");
+    assert_eq!(say("host"), "box box");
+    assert_eq!(say("bounding"), "00000000a80425fb");
+    assert_eq!(say("effective"), "00000000a80425fb");
+    assert_eq!(say("dev"), "fd,full,mqueue,null,ptmx,pts,random,shm,stderr,stdin,stdout,tty,urandom,zero,");
+    assert_eq!(say("shm"), "65536");
+    assert!(say("processes").parse::<u32>().unwrap() < 8, "only the container's processes are seen");
+    assert_eq!(say("resolver"), "nameserver 10.0.2.3");
+    assert_eq!(say("routes"), "00000000-0202000A-00000000,0002000A-00000000-00FFFFFF,");
+    assert_eq!(say("sysctl"), "read-only");
+    let mounts: BTreeSet<&str> = say("mounts").split(',').collect();
+    for expected in ["/", "/proc", "/sys", "/sys/fs/cgroup", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue", "/proc/kcore"] {
+        assert!(mounts.contains(expected), "{expected} is not among {mounts:?}");
+    }
+    assert!(!mounts.iter().any(|mount| mount.contains("rootfs") || mount.contains("tracing")), "{mounts:?}");
+    assert!(told.contains(&(LogSource::Stderr, "to stderr".into())), "{told:?}");
+    assert!(told.contains(&(LogSource::Stdout, "x".into())), "/dev/stdout can be opened: {told:?}");
+
+    assert_eq!(session.ask("hello").await, "hello");
+    let much = "0123456789abcdef".repeat(1 << 16);
+    assert!(session.ask(&much).await == much, "a mebibyte goes both ways");
+    assert_eq!(session.dial(81).await.1, DialReply::Refused);
+
+    // A connection that is open when the session ends is closed towards the application, which else would never take another.
+    let (_hanging, reply) = session.dial(80).await;
+    assert_eq!(reply, DialReply::Connected);
+    session.detach().await;
+
+    let mut session = Session::open(host.connection().await, DETACH_MARKER, LATER).await;
+    assert_eq!(session.ask("time").await, "time");
+    let time = String::from_utf8(session.line().await.line).unwrap();
+    assert!(time.strip_prefix("time ").unwrap().parse::<u64>().unwrap() - LATER < 60, "{time}");
+
+    // A host that dies, in a session and between sessions, is replaced by another that knows the marker.
+    drop(session);
+    drop(host.connection().await);
+    let mut session = Session::open(host.connection().await, DETACH_MARKER, now_seconds()).await;
+    assert_eq!(session.ask("exit 7").await, "");
+    assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7 }));
+    session.detach().await;
+    let mut session = Session::open(host.connection().await, DETACH_MARKER, now_seconds()).await;
+    assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7 }));
+    assert_eq!(session.dial(80).await.1, DialReply::Refused);
+
+    let console = vm.console();
+    assert!(!console.contains("panic"), "{console}");
+    vm.qemu.kill().await.unwrap();
+}
