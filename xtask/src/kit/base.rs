@@ -62,6 +62,8 @@ impl Sources {
         let mut command = Command::new("mmdebstrap");
         command.env("SOURCE_DATE_EPOCH", SOURCE_DATE_EPOCH).env("LC_ALL", "C.UTF-8");
         command.args(["--quiet", "--variant=minbase", "--format=tar", "--include=ca-certificates"]);
+        // The directories are merged from the start, so the package that would do it later, and its 50 MB of Perl, stay out.
+        command.args(["--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr", "--include=usr-is-merged"]);
         command.args(["--aptopt=APT::Install-Recommends \"false\"", "--aptopt=Acquire::Languages \"none\""]);
         for path in TRIMMED {
             command.arg(format!("--dpkgopt=path-exclude={path}"));
