@@ -1,1 +1,18 @@
-fn main() {}
+//! The `hearth` command: the server, its doctor, and shortcuts for people.
+
+#![forbid(unsafe_code)]
+
+mod admin;
+mod cli;
+mod client;
+mod config;
+mod connect;
+mod credentials;
+mod data_dir;
+mod doctor;
+mod serve;
+mod verbs;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

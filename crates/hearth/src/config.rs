@@ -1,0 +1,429 @@
+//! The server's settings: a TOML file, and flags that win over it.
+//!
+//! ```toml
+//! domain = "localhost"
+//! min_idle_seconds = 60
+//! engine = "auto"
+//!
+//! [[credentials]]
+//! access_key_id = "AKIA…"
+//! secret_access_key = "…"
+//!
+//! [network]
+//! nameservers = ["192.0.2.53"]
+//! ```
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Deserializer, de};
+
+use crate::credentials::Credentials;
+
+/// Where the MicroVMs' endpoints are unless the settings say otherwise.
+pub const DEFAULT_ENDPOINT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8443);
+
+/// Every setting of the server, with its unit and its default.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServeConfig {
+    /// Address of the AWS APIs. `127.0.0.1:8470`; port 0 picks a free one.
+    #[serde(deserialize_with = "address")]
+    pub api: SocketAddr,
+    /// Address of the MicroVMs' endpoints. When it is absent: `127.0.0.1:8443`, and `127.0.0.1:443` too if that is free, so that
+    /// `https://<endpoint>/` works as it stands. Port 0 picks a free one.
+    #[serde(deserialize_with = "some_address")]
+    pub endpoint: Option<SocketAddr>,
+    /// Domain under which the endpoints' names are: `<uuid>.lambda-microvm.<region>.<domain>`. `localhost`.
+    pub domain: String,
+    /// Region that the server is. `us-east-1`.
+    pub region: String,
+    /// Account that everything belongs to, twelve digits. `000000000000`.
+    pub account: String,
+    /// Keys that may sign requests. The first is what `hearth env` prints. When there are none: one pair, made at the first start.
+    pub credentials: Vec<Credentials>,
+    /// Least value of `maxIdleDurationSeconds` that the API accepts, in seconds, at least 1. 60, as AWS has it.
+    pub min_idle_seconds: u32,
+    /// Virtual machine monitor's accelerator: `auto` (kvm if it runs kernels natively, else tcg), `kvm` or `tcg`. `auto`.
+    pub engine: EngineChoice,
+    /// Directory of the guest kit. `$HEARTH_KIT`, else `../kit` and `kit` beside the program, else `/usr/lib/hearth/kit`.
+    pub kit: Option<PathBuf>,
+    /// Directory of the image builder's layer cache. `build-cache` in the data directory.
+    pub build_cache_dir: Option<PathBuf>,
+    /// Builds that run at once, at least 1. 1 with up to two processors, else 2.
+    pub max_concurrent_builds: Option<u32>,
+    /// Longest time a Dockerfile may take, in seconds. 1800.
+    pub build_timeout_seconds: u32,
+    /// Longest time from the start of an image's app until it accepts connections, in seconds. 300.
+    pub ready_timeout_seconds: u32,
+    /// Longest time that a request to an endpoint is held while its MicroVM wakes, in seconds. 60.
+    pub wake_timeout_seconds: u32,
+    /// Time that terminated MicroVMs stay in lists, in seconds. 86400, a day.
+    pub terminated_retention_seconds: u32,
+    /// The MicroVMs' networks.
+    pub network: NetworkConfig,
+    /// What is logged, on standard error.
+    pub log: LogConfig,
+}
+
+/// The MicroVMs' networks.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// Resolvers for the guests. When there are none: the host's, those on its loopback left out.
+    pub nameservers: Vec<Ipv4Addr>,
+}
+
+/// What is logged.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogConfig {
+    /// `error`, `warn`, `info`, `debug`, `trace`, or directives such as `info,hearth_control=debug`. `info`. `HEARTH_LOG` wins over it.
+    pub level: String,
+    /// `text` or `json`. `text`.
+    pub format: LogFormat,
+}
+
+/// Which accelerator to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineChoice {
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// The settings that have a flag. An absent one leaves the file's value.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Flags {
+    /// Address of the AWS APIs; port 0 picks a free one [default: 127.0.0.1:8470].
+    #[arg(long, value_name = "ADDRESS")]
+    pub api: Option<SocketAddr>,
+    /// Address of the MicroVMs' endpoints; port 0 picks a free one [default: 127.0.0.1:8443, and 127.0.0.1:443 if it is free].
+    #[arg(long, value_name = "ADDRESS")]
+    pub endpoint: Option<SocketAddr>,
+    /// Domain of the endpoints' names [default: localhost].
+    #[arg(long, value_name = "NAME")]
+    pub domain: Option<String>,
+    /// Region that the server is [default: us-east-1].
+    #[arg(long, value_name = "REGION")]
+    pub region: Option<String>,
+    /// Account that everything belongs to [default: 000000000000].
+    #[arg(long, value_name = "DIGITS")]
+    pub account: Option<String>,
+    /// Least idle time that the API accepts [default: 60].
+    #[arg(long, value_name = "SECONDS")]
+    pub min_idle_seconds: Option<u32>,
+}
+
+/// The settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// the file cannot be read
+    #[error("reading the configuration file {path}: {source}")]
+    Read {
+        /// The configuration file.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// the file is not TOML, or a key in it is unknown or of another type
+    #[error("the configuration file {path} is not understood: {source}")]
+    Parse {
+        /// The configuration file.
+        path: PathBuf,
+        /// Which line, which key, what was expected.
+        source: Box<toml::de::Error>,
+    },
+    /// a value is outside what makes sense
+    #[error("{key} = {found} in {origin}: write {expected} instead")]
+    Value {
+        /// The setting.
+        key: &'static str,
+        /// Its value.
+        found: String,
+        /// The file, or the command line.
+        origin: String,
+        /// What would do.
+        expected: &'static str,
+    },
+}
+
+impl Default for ServeConfig {
+    fn default() -> Self {
+        Self {
+            api: SocketAddr::from(([127, 0, 0, 1], 8470)),
+            endpoint: None,
+            domain: "localhost".to_owned(),
+            region: "us-east-1".to_owned(),
+            account: "000000000000".to_owned(),
+            credentials: Vec::new(),
+            min_idle_seconds: 60,
+            engine: EngineChoice::Auto,
+            kit: None,
+            build_cache_dir: None,
+            max_concurrent_builds: None,
+            build_timeout_seconds: 1800,
+            ready_timeout_seconds: 300,
+            wake_timeout_seconds: 60,
+            terminated_retention_seconds: 86_400,
+            network: NetworkConfig::default(),
+            log: LogConfig::default(),
+        }
+    }
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: LogFormat::Text }
+    }
+}
+
+impl ServeConfig {
+    /// Reads the file, if there is one, and lets the flags win over it.
+    pub fn load(file: Option<&Path>, flags: Flags) -> Result<Self, ConfigError> {
+        let mut config = match file {
+            Some(path) => Self::read(path)?,
+            None => Self::default(),
+        };
+        let origin = file.map_or_else(|| "the defaults".to_owned(), |path| path.display().to_string());
+        config.check(&origin)?;
+        config.apply(flags);
+        config.check("the command line")?;
+        Ok(config)
+    }
+
+    /// Longest time a Dockerfile may take.
+    pub fn build_timeout(&self) -> Duration {
+        Duration::from_secs(self.build_timeout_seconds.into())
+    }
+
+    /// Longest time until an image's app accepts connections.
+    pub fn ready_timeout(&self) -> Duration {
+        Duration::from_secs(self.ready_timeout_seconds.into())
+    }
+
+    /// Longest time that a request waits for its MicroVM to wake.
+    pub fn wake_timeout(&self) -> Duration {
+        Duration::from_secs(self.wake_timeout_seconds.into())
+    }
+
+    /// How long terminated MicroVMs stay in lists.
+    pub fn terminated_retention(&self) -> Duration {
+        Duration::from_secs(self.terminated_retention_seconds.into())
+    }
+
+    fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })
+    }
+
+    fn apply(&mut self, flags: Flags) {
+        let Flags { api, endpoint, domain, region, account, min_idle_seconds } = flags;
+        self.api = api.unwrap_or(self.api);
+        self.endpoint = endpoint.or(self.endpoint);
+        self.min_idle_seconds = min_idle_seconds.unwrap_or(self.min_idle_seconds);
+        for (setting, flag) in [(&mut self.domain, domain), (&mut self.region, region), (&mut self.account, account)] {
+            if let Some(flag) = flag {
+                *setting = flag;
+            }
+        }
+    }
+
+    fn check(&self, origin: &str) -> Result<(), ConfigError> {
+        let refuse = |key, found: &dyn fmt::Display, expected| {
+            Err(ConfigError::Value { key, found: found.to_string(), origin: origin.to_owned(), expected })
+        };
+        if self.account.len() != 12 || !self.account.bytes().all(|byte| byte.is_ascii_digit()) {
+            return refuse("account", &self.account, "twelve digits, such as \"000000000000\",");
+        }
+        if !is_region(&self.region) {
+            return refuse("region", &self.region, "lower-case letters, digits and hyphens, such as \"us-east-1\",");
+        }
+        if !is_domain(&self.domain) {
+            return refuse("domain", &self.domain, "a domain name in lower case without a dot at either end, such as \"localhost\",");
+        }
+        let seconds = [
+            ("min_idle_seconds", self.min_idle_seconds, 28_800, "a number of seconds from 1 to 28800"),
+            ("build_timeout_seconds", self.build_timeout_seconds, 86_400, "a number of seconds from 1 to 86400"),
+            ("ready_timeout_seconds", self.ready_timeout_seconds, 3_600, "a number of seconds from 1 to 3600"),
+            ("wake_timeout_seconds", self.wake_timeout_seconds, 600, "a number of seconds from 1 to 600"),
+            ("max_concurrent_builds", self.max_concurrent_builds.unwrap_or(1), 64, "a number from 1 to 64"),
+        ];
+        for (key, value, most, expected) in seconds {
+            if !(1..=most).contains(&value) {
+                return refuse(key, &value, expected);
+            }
+        }
+        if let Some(bad) = self.credentials.iter().find(|pair| !pair.is_usable()) {
+            return refuse("credentials.access_key_id", &bad.access_key_id, "3 to 128 letters and digits, and a secret that is not empty,");
+        }
+        if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
+            return refuse("log.level", &self.log.level, "\"error\", \"warn\", \"info\", \"debug\" or \"trace\"");
+        }
+        Ok(())
+    }
+}
+
+/// Where a client on this host finds a listener: an address that stands for all of them stands for loopback too.
+pub fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => std::net::Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map_err(|_| de::Error::custom(format!("expected an address and a port such as \"127.0.0.1:8470\", found \"{text}\"")))
+}
+
+fn some_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    address(deserializer).map(Some)
+}
+
+fn is_region(text: &str) -> bool {
+    !text.is_empty() && text.len() <= 32 && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+}
+
+fn is_domain(text: &str) -> bool {
+    let label = |label: &str| {
+        !label.is_empty()
+            && label.len() <= 63
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+    };
+    // With `<uuid>.lambda-microvm.<region>.` before it, the whole name must stay within 253 bytes.
+    text.len() <= 160 && text.split('.').all(label)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, flags: Flags) -> Result<ServeConfig, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hearth.toml");
+        std::fs::write(&path, text).unwrap();
+        ServeConfig::load(Some(&path), flags)
+    }
+
+    fn refusal(text: &str) -> String {
+        load(text, Flags::default()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_empty_file_means_the_defaults() {
+        assert_eq!(load("", Flags::default()).unwrap(), ServeConfig::default());
+    }
+
+    #[test]
+    fn every_setting_can_be_written() {
+        let config = load(
+            r#"
+            api = "127.0.0.1:0"
+            endpoint = "0.0.0.0:443"
+            domain = "on.aws"
+            region = "eu-central-1"
+            account = "123456789012"
+            min_idle_seconds = 1
+            engine = "tcg"
+            kit = "/kit"
+            build_cache_dir = "/cache"
+            max_concurrent_builds = 2
+            build_timeout_seconds = 60
+            ready_timeout_seconds = 61
+            wake_timeout_seconds = 62
+            terminated_retention_seconds = 0
+            [[credentials]]
+            access_key_id = "AKIAEXAMPLE"
+            secret_access_key = "s3cret"
+            [network]
+            nameservers = ["192.0.2.1"]
+            [log]
+            level = "debug"
+            format = "json"
+            "#,
+            Flags::default(),
+        )
+        .unwrap();
+        assert_eq!(config.endpoint.unwrap().port(), 443);
+        assert_eq!(config.engine, EngineChoice::Tcg);
+        assert_eq!(config.credentials[0].access_key_id, "AKIAEXAMPLE");
+        assert_eq!(config.network.nameservers, [Ipv4Addr::new(192, 0, 2, 1)]);
+        assert_eq!(config.log.format, LogFormat::Json);
+        assert_eq!(config.wake_timeout(), Duration::from_secs(62));
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_absent_flags_leave_it() {
+        let flags = Flags { region: Some("eu-west-1".to_owned()), min_idle_seconds: Some(2), ..Flags::default() };
+        let config = load("region = \"us-west-2\"\ndomain = \"on.aws\"\nmin_idle_seconds = 30", flags).unwrap();
+        assert_eq!((config.region.as_str(), config.domain.as_str(), config.min_idle_seconds), ("eu-west-1", "on.aws", 2));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_the_line_the_file_and_the_known_ones() {
+        let error = refusal("domain = \"localhost\"\nmin_idle = 3");
+        for part in ["hearth.toml", "line 2", "unknown field `min_idle`", "`min_idle_seconds`"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_value_of_another_kind_is_named_with_what_was_expected() {
+        assert!(refusal("engine = \"xen\"").contains("expected one of `auto`, `kvm`, `tcg`"));
+        assert!(refusal("api = \"8470\"").contains("an address and a port such as \"127.0.0.1:8470\""));
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_refused_with_key_file_and_what_to_write() {
+        for (line, key) in [
+            ("account = \"12\"", "account = 12"),
+            ("region = \"US\"", "region = US"),
+            ("domain = \".localhost\"", "domain = .localhost"),
+            ("min_idle_seconds = 0", "min_idle_seconds = 0"),
+            ("wake_timeout_seconds = 601", "wake_timeout_seconds = 601"),
+            ("max_concurrent_builds = 0", "max_concurrent_builds = 0"),
+            ("log.level = \"a=b=c\"", "log.level = a=b=c"),
+            ("credentials = [{ access_key_id = \"AKIA\", secret_access_key = \"\" }]", "credentials.access_key_id = AKIA"),
+        ] {
+            let error = refusal(line);
+            assert!(error.starts_with(key) && error.contains("hearth.toml: write "), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_bad_flag_is_blamed_on_the_command_line() {
+        let flags = Flags { account: Some("x".to_owned()), ..Flags::default() };
+        let error = load("", flags).unwrap_err().to_string();
+        assert!(error.contains("account = x in the command line"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = ServeConfig::load(Some(Path::new("/nonexistent/hearth.toml")), Flags::default()).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/hearth.toml"));
+    }
+
+    #[test]
+    fn a_listener_on_every_address_is_reached_on_loopback() {
+        assert_eq!(reachable("0.0.0.0:1".parse().unwrap()).to_string(), "127.0.0.1:1");
+        assert_eq!(reachable("192.0.2.1:1".parse().unwrap()).to_string(), "192.0.2.1:1");
+    }
+}

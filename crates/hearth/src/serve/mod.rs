@@ -1,0 +1,349 @@
+//! `hearth serve`: puts the server together, says when it can serve, and takes it apart again.
+//!
+//! ```text
+//! prerequisites ─▶ lock ─▶ listeners ─▶ store, keys, engine, builder ─▶ domain ─▶ API, endpoints, administrator's socket ─▶ connect.json
+//! signal ─▶ connect.json gone ─▶ nothing new accepted ─▶ MicroVMs suspended ─▶ engine ended ─▶ scratch space emptied
+//! ```
+
+mod listen;
+mod logging;
+mod signals;
+
+use std::{io::Write, path::Path, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use hearth_api::{Auth, Credential};
+use hearth_build::{Builder, BuilderConfig};
+use hearth_control::{Control, Deps, Settings, logs::LogStore, token::Keyring, types::Caller};
+use hearth_ingress::{EndpointCertificates, IngressConfig, LocalCa};
+use hearth_machine::{
+    Engine,
+    kit::Kit,
+    network::Slots,
+    qemu::{Accelerator, Qemu},
+};
+use hearth_objects::{Access, AccessKey, LocalObjects};
+use hearth_store::Store;
+use tokio::net::UnixListener;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{listen::Listeners, signals::Signals};
+use crate::{
+    admin::{self, Admin},
+    config::ServeConfig,
+    connect::Connect,
+    credentials::{Credentials, Origin},
+    data_dir::{DataDir, Lock},
+    doctor,
+    verbs::env,
+};
+
+/// Network slots that are kept ready, for that many MicroVMs to start at once without waiting.
+const SLOTS_AHEAD: usize = 4;
+/// What clients have under way at the stop may take this long to end.
+const DRAIN: Duration = Duration::from_secs(5);
+/// MicroVMs may take this long to be suspended at the stop.
+const SUSPEND: Duration = Duration::from_secs(40);
+/// The engine may take this long to end.
+const ENGINE_END: Duration = Duration::from_secs(10);
+
+/// Runs the server until a signal ends it. Exit code 0 after a clean stop.
+pub async fn serve(config: ServeConfig, dir: DataDir) -> anyhow::Result<ExitCode> {
+    logging::start(&config.log);
+    let mut signals = Signals::listen().context("listening for signals")?;
+    let dir = DataDir::new(std::path::absolute(dir.path()).context("naming the data directory")?);
+    let prepared = tokio::select! {
+        prepared = Prepared::new(config, dir) => prepared?,
+        // What had been begun is dropped, and ends with that.
+        signal = signals.next() => {
+            tracing::info!(signal, "stopped before it could serve");
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    // From here on things are started that have to be stopped: a signal waits until all of them are.
+    let server = Server::start(prepared).await?;
+    let signal = signals.next().await;
+    tracing::info!(signal, "stopping; a second signal ends the server at once");
+    tokio::select! {
+        stopped = server.stop() => stopped?,
+        signal = signals.next() => {
+            tracing::warn!(signal, "ended at once");
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    tracing::info!("stopped");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// All that a server needs and that ends by being dropped.
+struct Prepared {
+    config: ServeConfig,
+    dir: DataDir,
+    lock: Lock,
+    listeners: Listeners,
+    credentials: Vec<Credentials>,
+    origin: Origin,
+    ca: LocalCa,
+    store: Store,
+    objects: LocalObjects,
+    keyring: Keyring,
+    kit: Kit,
+    builder: Builder,
+    accelerator: Accelerator,
+}
+
+impl Prepared {
+    async fn new(config: ServeConfig, dir: DataDir) -> anyhow::Result<Self> {
+        let facts = doctor::gather(&config, &dir).await;
+        doctor::require(doctor::judge(&facts, &config))?;
+        let lock = dir.lock()?;
+        dir.prepare()?;
+        Connect::withdraw(&dir).context("removing what an earlier server said")?;
+        let listeners = Listeners::bind(&config).await?;
+        let (credentials, origin) = credentials(&config, &dir)?;
+        let ca = LocalCa::load_or_create(&dir.ca())?;
+        hearth_ingress::write_bundle(hearth_ingress::system_bundle().as_deref(), &ca, &dir.ca_bundle())
+            .with_context(|| format!("writing {}", dir.ca_bundle().display()))?;
+        let store = Store::open(&dir.database()).await?;
+        let keys = credentials.iter().map(|pair| AccessKey { id: pair.access_key_id.clone(), secret: pair.secret_access_key.clone() });
+        let objects = LocalObjects::open(&dir.objects(), keys)?;
+        let keyring = Keyring::load_or_create(&dir.keys())?;
+        let kit = Kit::open(&doctor::find_kit(&config))?;
+        let builder = builder(&config, &dir, &kit).await?;
+        let accelerator = doctor::accelerator(&facts, &config);
+        tracing::info!(accelerator = accelerator.name(), choice = ?config.engine, kvm = %facts.kvm, "engine chosen");
+        Ok(Self { config, dir, lock, listeners, credentials, origin, ca, store, objects, keyring, kit, builder, accelerator })
+    }
+}
+
+/// A server that serves.
+struct Server {
+    dir: DataDir,
+    control: Arc<Control>,
+    engine: Arc<dyn Engine>,
+    /// Ends the listeners.
+    stop: CancellationToken,
+    listeners: TaskTracker,
+    _lock: Lock,
+}
+
+impl Server {
+    async fn start(prepared: Prepared) -> anyhow::Result<Self> {
+        let Prepared { config, dir, lock, listeners, credentials, origin, ca, store, objects, keyring, kit, builder, accelerator } =
+            prepared;
+        let first = credentials.first().context("there are no credentials")?;
+        let engine = engine(&config, &dir, kit, accelerator).await?;
+        let logs = LogStore::new(dir.logs(), LogStore::DEFAULT_STREAM_LIMIT);
+        let deps = Deps {
+            store,
+            engine: Arc::clone(&engine),
+            builder: Arc::new(builder),
+            objects: Arc::new(objects.clone()),
+            logs: Arc::clone(&logs),
+            keyring: Arc::new(keyring),
+            settings: settings(&config, &dir),
+        };
+        let control = match Control::start(deps).await {
+            Ok(control) => control,
+            Err(error) => {
+                engine.shutdown().await;
+                return Err(error.into());
+            }
+        };
+        let connect = Connect {
+            api: listeners.api_url.clone(),
+            endpoint: listeners.endpoint,
+            ca: ca.certificate_path().to_owned(),
+            region: config.region.clone(),
+            account: config.account.clone(),
+            access_key_id: first.access_key_id.clone(),
+            secret_access_key: first.secret_access_key.clone(),
+            pid: std::process::id(),
+        };
+        let server = Self { dir, control, engine, stop: CancellationToken::new(), listeners: TaskTracker::new(), _lock: lock };
+        let listening = server.listen(&config, listeners, ca, &objects, logs, &credentials);
+        if let Err(error) = listening.and_then(|()| connect.publish(&server.dir).context("writing connect.json")) {
+            server.stop().await?;
+            return Err(error);
+        }
+        announce(&connect, &server.dir, origin);
+        Ok(server)
+    }
+
+    /// Starts to accept.
+    fn listen(
+        &self,
+        config: &ServeConfig,
+        listeners: Listeners,
+        ca: LocalCa,
+        objects: &LocalObjects,
+        logs: Arc<LogStore>,
+        credentials: &[Credentials],
+    ) -> anyhow::Result<()> {
+        let administrator = Caller {
+            account: config.account.clone(),
+            region: config.region.clone(),
+            principal: format!("arn:aws:iam::{}:root", config.account),
+        };
+        let credentials = credentials.iter().map(|pair| Credential {
+            access_key_id: pair.access_key_id.clone(),
+            secret_access_key: pair.secret_access_key.clone(),
+            account: administrator.account.clone(),
+            principal: administrator.principal.clone(),
+        });
+        let api = |auth, access| {
+            let settings = hearth_api::Settings { region: Some(config.region.clone()), min_idle_seconds: config.min_idle_seconds };
+            hearth_api::service(self.control.clone(), objects.service(access), auth, settings)
+        };
+
+        let signed = api(Auth::SigV4(credentials.collect()), Access::Signed);
+        self.listeners.spawn(run_api("api", listeners.api, signed, self.stop.clone()));
+
+        let admin = Admin {
+            plane: self.control.clone(),
+            changes: self.control.changes(),
+            stop: self.stop.clone(),
+            logs,
+            objects: Arc::new(objects.clone()),
+            caller: administrator.clone(),
+            tmp: self.dir.tmp(),
+        };
+        let trusted = admin::router(admin).merge(api(Auth::Trusted(administrator), Access::Trusted));
+        let socket: UnixListener = self.dir.listen().with_context(|| format!("listening on {}", self.dir.socket().display()))?;
+        self.listeners.spawn(run_api("administrator's socket", socket, trusted, self.stop.clone()));
+
+        let tls = hearth_ingress::server_config(Arc::new(EndpointCertificates::new(ca, &config.domain)))?;
+        let endpoints = hearth_ingress::serve(listeners.endpoints, tls, self.control.clone(), IngressConfig::default(), self.stop.clone());
+        self.listeners.spawn(endpoints);
+        self.listeners.close();
+        Ok(())
+    }
+
+    /// Takes the server apart. Each step has a deadline, and a step that misses it does not keep the next ones from being tried.
+    async fn stop(self) -> anyhow::Result<()> {
+        Connect::withdraw(&self.dir).context("removing connect.json")?;
+        self.stop.cancel();
+        within("the listeners to end", DRAIN * 2, self.listeners.wait()).await;
+        within("the MicroVMs to be suspended and builds to end", SUSPEND * 2, self.control.shutdown()).await;
+        within("the engine to end", ENGINE_END, self.engine.shutdown()).await;
+        remove_socket(&self.dir.socket());
+        self.dir.empty_tmp()?;
+        Ok(())
+    }
+}
+
+/// The keys that may sign: the configuration's, else the server's own pair.
+fn credentials(config: &ServeConfig, dir: &DataDir) -> anyhow::Result<(Vec<Credentials>, Origin)> {
+    if !config.credentials.is_empty() {
+        return Ok((config.credentials.clone(), Origin::Kept));
+    }
+    let (own, origin) = Credentials::own(dir)?;
+    Ok((vec![own], origin))
+}
+
+async fn builder(config: &ServeConfig, dir: &DataDir, kit: &Kit) -> anyhow::Result<Builder> {
+    let cache = config.build_cache_dir.clone().unwrap_or_else(|| dir.build_cache());
+    let mut builder_config = BuilderConfig::new(cache, kit.base_image());
+    builder_config.deadline = config.build_timeout();
+    let builder = Builder::new(builder_config);
+    builder.prepare().await.context("preparing the image builder")?;
+    Ok(builder)
+}
+
+async fn engine(config: &ServeConfig, dir: &DataDir, kit: Kit, accelerator: Accelerator) -> anyhow::Result<Arc<dyn Engine>> {
+    let slots = Slots::start(&instance(dir.path()), config.network.nameservers.clone(), SLOTS_AHEAD).await?;
+    Ok(Arc::new(Qemu::start(kit, accelerator, slots).await?))
+}
+
+/// A name for what the host keeps one of per server. The same for the same directory, so that a server finds what a killed predecessor left.
+fn instance(dir: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    let digest = ring::digest::digest(&ring::digest::SHA256, dir.as_os_str().as_bytes());
+    digest.as_ref().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn settings(config: &ServeConfig, dir: &DataDir) -> Settings {
+    let defaults = Settings::new(dir.path().to_owned());
+    let builds = config.max_concurrent_builds.and_then(|builds| usize::try_from(builds).ok());
+    Settings {
+        domain: config.domain.clone(),
+        max_concurrent_builds: builds.unwrap_or(defaults.max_concurrent_builds),
+        ready_timeout: config.ready_timeout(),
+        wake_timeout: config.wake_timeout(),
+        terminated_retention: config.terminated_retention(),
+        shutdown_timeout: SUSPEND,
+        ..defaults
+    }
+}
+
+/// Serves one listener until the stop, then lets what is under way end, for a while.
+async fn run_api<L>(name: &'static str, listener: L, router: axum::Router, stop: CancellationToken)
+where
+    L: axum::serve::Listener,
+    L::Addr: std::fmt::Debug,
+{
+    let served = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let late = async {
+        stop.cancelled().await;
+        tokio::time::sleep(DRAIN).await;
+    };
+    tokio::select! {
+        served = served => if let Err(error) = served {
+            tracing::error!(name, %error, "a listener failed");
+        },
+        () = late => tracing::debug!(name, "what clients had under way was cut"),
+    }
+}
+
+/// Tells whoever started the server. That nobody listens is no reason to stop.
+fn announce(connect: &Connect, dir: &DataDir, origin: Origin) {
+    let mut text = String::new();
+    if origin == Origin::Made {
+        text.push_str("# A key pair was made for this server. `hearth env` prints these lines again.\n");
+        text.push_str(&env::exports(connect, dir));
+    }
+    text.push_str(&format!("ready: how to reach hearth is in {}\n", dir.connect().display()));
+    tracing::info!(api = connect.api, endpoint = %connect.endpoint, "serving");
+    let mut stdout = std::io::stdout();
+    if let Err(error) = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        tracing::warn!(%error, "nobody could be told");
+    }
+}
+
+async fn within(what: &'static str, limit: Duration, step: impl Future<Output = ()>) {
+    if tokio::time::timeout(limit, step).await.is_err() {
+        tracing::error!(seconds = limit.as_secs(), "waited in vain for {what}");
+    }
+}
+
+fn remove_socket(socket: &Path) {
+    if let Err(error) = std::fs::remove_file(socket)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(socket = %socket.display(), %error, "the administrator's socket was not removed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_has_one_instance_name_that_fits_a_table_s() {
+        assert_eq!(instance(Path::new("/a")), instance(Path::new("/a")));
+        assert_ne!(instance(Path::new("/a")), instance(Path::new("/b")));
+        assert_eq!(instance(Path::new("/a")).len(), 12);
+    }
+
+    #[test]
+    fn the_configuration_s_keys_replace_the_server_s_own() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = DataDir::new(root.path().to_owned());
+        dir.prepare().unwrap();
+        let (own, origin) = credentials(&ServeConfig::default(), &dir).unwrap();
+        assert_eq!((own.len(), origin), (1, Origin::Made));
+        let pair = Credentials { access_key_id: "AKIAEXAMPLE".to_owned(), secret_access_key: "s".to_owned() };
+        let config = ServeConfig { credentials: vec![pair.clone()], ..ServeConfig::default() };
+        assert_eq!(credentials(&config, &dir).unwrap(), (vec![pair], Origin::Kept));
+    }
+}

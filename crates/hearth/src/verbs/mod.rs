@@ -1,0 +1,9 @@
+//! What the command line's verbs do. Each speaks to the server through [`crate::client`], and waits on the server's word, not on a clock.
+
+pub mod endpoint;
+pub mod env;
+pub mod image;
+pub mod logs;
+pub mod microvm;
+mod names;
+mod table;
