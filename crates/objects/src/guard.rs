@@ -7,7 +7,10 @@ use async_trait::async_trait;
 use s3s::{
     S3Request, S3Result,
     access::{S3Access, S3AccessContext},
-    dto::{CopyObjectInput, CopySource, CreateBucketInput, DeleteBucketInput, DeleteObjectsInput, UploadPartCopyInput},
+    dto::{
+        CopyObjectInput, CopySource, CreateBucketInput, DeleteBucketInput, DeleteObjectsInput, ListObjectsInput, ListObjectsV2Input,
+        UploadPartCopyInput,
+    },
     s3_error,
 };
 
@@ -28,8 +31,9 @@ impl Guard {
         Self { root }
     }
 
-    async fn bucket_exists(&self, bucket: &str) -> bool {
-        tokio::fs::metadata(self.root.join(bucket)).await.is_ok_and(|metadata| metadata.is_dir())
+    async fn is_directory(&self, names: &[&str]) -> bool {
+        let path = names.iter().fold(self.root.clone(), |path, name| path.join(name));
+        tokio::fs::metadata(path).await.is_ok_and(|metadata| metadata.is_dir())
     }
 }
 
@@ -51,8 +55,15 @@ impl S3Access for Guard {
             let upload = if operation == "CreateMultipartUpload" { UPLOAD_ID } else { 0 };
             check_name_lengths(bucket, key, upload)?;
         }
-        if operation != "CreateBucket" && !self.bucket_exists(bucket).await {
+        if operation != "CreateBucket" && !self.is_directory(&[bucket]).await {
             return Err(s3_error!(NoSuchBucket, "The specified bucket does not exist"));
+        }
+        if let Some(key) = cx.s3_path().get_object_key()
+            && matches!(operation, "GetObject" | "HeadObject" | "DeleteObject")
+            && !key.ends_with('/')
+            && self.is_directory(&[bucket, key]).await
+        {
+            return Err(s3_error!(NoSuchKey, "The specified key does not exist."));
         }
         Ok(())
     }
@@ -69,8 +80,19 @@ impl S3Access for Guard {
         req.input.delete.objects.iter().try_for_each(|object| check_key(&object.key))
     }
 
+    // The answer would claim the encoding without applying it, and clients would decode names that were never encoded.
+    async fn list_objects(&self, req: &mut S3Request<ListObjectsInput>) -> S3Result<()> {
+        req.input.encoding_type = None;
+        Ok(())
+    }
+
+    async fn list_objects_v2(&self, req: &mut S3Request<ListObjectsV2Input>) -> S3Result<()> {
+        req.input.encoding_type = None;
+        Ok(())
+    }
+
     async fn create_bucket(&self, req: &mut S3Request<CreateBucketInput>) -> S3Result<()> {
-        if self.bucket_exists(&req.input.bucket).await {
+        if self.is_directory(&[&req.input.bucket]).await {
             return Err(s3_error!(
                 BucketAlreadyOwnedByYou,
                 "Your previous request to create the named bucket succeeded and you already own it."

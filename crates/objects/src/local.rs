@@ -229,3 +229,161 @@ where
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tower::ServiceExt;
+
+    use super::*;
+
+    struct Store {
+        directory: tempfile::TempDir,
+        objects: LocalObjects,
+    }
+
+    impl Store {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let key = AccessKey { id: "AKID".to_owned(), secret: "secret".to_owned() };
+            let objects = LocalObjects::open(&directory.path().join("objects"), [key]).unwrap();
+            Self { directory, objects }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        async fn with_object(key: &str, content: &[u8]) -> Self {
+            let store = Self::new();
+            std::fs::write(store.path("source"), content).unwrap();
+            store.objects.put("artifacts", key, &store.path("source")).await.unwrap();
+            store
+        }
+
+        async fn send(&self, access: Access, method: &str, path: &str, body: &'static str) -> (StatusCode, String) {
+            let body = http_body_util::Full::new(Bytes::from_static(body.as_bytes()));
+            let request = Request::builder().method(method).uri(path).header("host", "127.0.0.1").body(body).unwrap();
+            let response = self.objects.service(access).oneshot(request).await.unwrap();
+            let status = response.status();
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            (status, String::from_utf8_lossy(&body).into_owned())
+        }
+
+        async fn fetch(&self, uri: &str, max_bytes: u64) -> Result<u64, FetchError> {
+            self.objects.fetch(&ObjectUri::parse(uri).unwrap(), &self.path("fetched"), max_bytes).await
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_put_can_be_fetched_and_read_over_s3() {
+        let store = Store::with_object("apps/demo +%\u{e9}.zip", b"content").await;
+        assert_eq!(store.fetch("s3://artifacts/apps/demo +%\u{e9}.zip", 7).await.unwrap(), 7);
+        assert_eq!(std::fs::read(store.path("fetched")).unwrap(), b"content");
+        let (status, body) = store.send(Access::Trusted, "GET", "/artifacts/apps/demo%20%2B%25%C3%A9.zip", "").await;
+        assert_eq!((status, body.as_str()), (StatusCode::OK, "content"));
+        let (_, list) = store.send(Access::Trusted, "GET", "/artifacts?list-type=2&encoding-type=url", "").await;
+        assert!(list.contains("<Key>apps/demo +%\u{e9}.zip</Key>") && !list.contains("EncodingType"), "{list}");
+    }
+
+    #[tokio::test]
+    async fn a_failed_fetch_has_a_code_and_leaves_nothing() {
+        let store = Store::with_object("apps/demo.zip", b"content").await;
+        for (uri, max_bytes, code, message) in [
+            ("s3://nothing/demo.zip", 7, "S3_NO_SUCH_BUCKET", "The bucket nothing does not exist."),
+            ("s3://artifacts/other.zip", 7, "S3_NO_SUCH_KEY", "The object other.zip does not exist in the bucket artifacts."),
+            ("s3://artifacts/apps", 7, "S3_NO_SUCH_KEY", "The object apps does not exist in the bucket artifacts."),
+            ("s3://artifacts/apps/demo.zip/x", 7, "S3_NO_SUCH_KEY", "The object apps/demo.zip/x does not exist in the bucket artifacts."),
+            (
+                "s3://artifacts/apps/demo.zip",
+                6,
+                "S3_INVALID_OBJECT",
+                "The object s3://artifacts/apps/demo.zip is not valid: it has 7 bytes, at most 6 are allowed.",
+            ),
+        ] {
+            let error = store.fetch(uri, max_bytes).await.unwrap_err();
+            assert_eq!((error.reason_code(), error.to_string().as_str()), (code, message));
+            assert!(!store.path("fetched").exists());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_fetch_does_not_overwrite() {
+        let store = Store::with_object("demo.zip", b"content").await;
+        std::fs::write(store.path("fetched"), "mine").unwrap();
+        assert!(matches!(store.fetch("s3://artifacts/demo.zip", 7).await, Err(FetchError::Io { .. })));
+        assert_eq!(std::fs::read(store.path("fetched")).unwrap(), b"mine");
+    }
+
+    #[tokio::test]
+    async fn unsigned_requests_need_a_trusted_listener() {
+        let store = Store::with_object("demo.zip", b"content").await;
+        let (status, body) = store.send(Access::Signed, "GET", "/artifacts/demo.zip", "").await;
+        assert_eq!(status, StatusCode::FORBIDDEN);
+        assert!(body.contains("AccessDenied"), "{body}");
+        assert_eq!(store.send(Access::Trusted, "GET", "/artifacts/demo.zip", "").await.0, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn no_name_leads_out_of_the_store() {
+        let store = Store::with_object("demo.zip", b"content").await;
+        std::fs::write(store.path("secret"), "secret").unwrap();
+        for path in [
+            "/artifacts/../../secret",
+            "/artifacts/..%2F..%2Fsecret",
+            "/artifacts/%2e%2e/%2e%2e/secret",
+            "/artifacts/a/%2e%2e/%2e%2e/%2e%2e/secret",
+            "/artifacts//etc/passwd",
+            "/artifacts/%2Fetc%2Fpasswd",
+            "/%2e%2e/secret",
+            "/../secret",
+            "/..%2fsecret/x",
+            "/artifacts/.%00/x",
+        ] {
+            for (method, body) in [("GET", ""), ("PUT", "overwritten"), ("DELETE", "")] {
+                let (status, answer) = store.send(Access::Trusted, method, path, body).await;
+                assert!(status.is_client_error(), "{method} {path}: {status} {answer}");
+            }
+        }
+        let delete = "<Delete><Object><Key>../../secret</Key></Object></Delete>";
+        let (status, answer) = store.send(Access::Trusted, "POST", "/artifacts?delete", delete).await;
+        assert!(status.is_client_error(), "{status} {answer}");
+        assert_eq!(std::fs::read(store.path("secret")).unwrap(), b"secret");
+        assert_eq!(store.fetch("s3://artifacts/demo.zip", 7).await.unwrap(), 7);
+    }
+
+    #[tokio::test]
+    async fn names_that_are_no_buckets_cannot_be_put() {
+        let store = Store::with_object("demo.zip", b"content").await;
+        for (bucket, key) in [("..", "x"), ("artifacts", "../x"), ("artifacts", "/x"), ("UPPER", "x")] {
+            let error = store.objects.put(bucket, key, &store.path("source")).await.unwrap_err();
+            assert!(matches!(error, PutError::InvalidName(_)), "{bucket} {key}");
+        }
+    }
+
+    #[tokio::test]
+    async fn buckets_behave_as_in_s3() {
+        let store = Store::with_object("apps/demo.zip", b"content").await;
+        for (method, path, status, code) in [
+            ("PUT", "/artifacts", 409, "BucketAlreadyOwnedByYou"),
+            ("DELETE", "/artifacts", 409, "BucketNotEmpty"),
+            ("PUT", "/typo/demo.zip", 404, "NoSuchBucket"),
+            ("GET", "/artifacts/apps", 404, "NoSuchKey"),
+        ] {
+            let (found, body) = store.send(Access::Trusted, method, path, "").await;
+            assert_eq!(found.as_u16(), status, "{method} {path}: {body}");
+            assert!(body.contains(code), "{method} {path}: {body}");
+        }
+        let long = format!("/artifacts/{}", "k".repeat(200));
+        assert!(store.send(Access::Trusted, "PUT", &long, "x").await.1.contains("KeyTooLongError"));
+        assert_eq!(store.send(Access::Trusted, "DELETE", "/artifacts/apps/demo.zip", "").await.0, StatusCode::NO_CONTENT);
+        assert_eq!(store.send(Access::Trusted, "DELETE", "/artifacts", "").await.0, StatusCode::NO_CONTENT);
+    }
+
+    #[test]
+    fn a_host_below_localhost_names_a_bucket() {
+        let bucket = |host| LocalhostBuckets.parse_host_header(host).unwrap().bucket().map(str::to_owned);
+        assert_eq!(bucket("artifacts.localhost:8470").as_deref(), Some("artifacts"));
+        assert_eq!(bucket("localhost:8470"), None);
+        assert_eq!(bucket("hearth.example.org"), None);
+    }
+}
