@@ -10,6 +10,7 @@
 
 mod app;
 mod boot;
+mod connections;
 mod dial;
 mod identity;
 mod listen;

@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     app::{Application, StartError},
     boot::{Machine, ROOTFS},
-    dial,
+    connections, dial,
     identity::{self, Names},
     listen::Watch,
     logs::Logs,
@@ -56,6 +56,8 @@ struct Guest {
     application: Arc<Application>,
     logs: Logs,
     names: Names,
+    /// The MicroVM's id and generation, as the last session's host said.
+    life: Option<(String, u64)>,
 }
 
 /// Serves the host until the machine stops.
@@ -66,7 +68,7 @@ pub async fn serve(machine: &Machine) -> anyhow::Result<Infallible> {
         let application = Arc::clone(&application);
         async move { application.reap().await }
     });
-    let mut guest = Guest { kernel: machine.kernel.clone(), application, logs, names: Names::new(Path::new(ROOTFS)) };
+    let mut guest = Guest { kernel: machine.kernel.clone(), application, logs, names: Names::new(Path::new(ROOTFS)), life: None };
     let port = Port::open(&machine.port).with_context(|| format!("opening {}", machine.port.display()))?;
     // Begins the next session; stays the same when a session breaks off.
     let mut marker = BOOT_MARKER;
@@ -166,7 +168,13 @@ impl Guest {
             network::apply(network).map_err(|error| error.to_string())?;
             self.names.set_resolvers(&network.nameservers).map_err(|error| error.to_string())
         });
-        for error in [clock, random, network].into_iter().filter_map(Result::err) {
+        // Another host in the same life changes nothing for the application's peers.
+        let life = (hello.vm_id.clone(), hello.generation);
+        let connections = match self.life.replace(life.clone()) {
+            Some(previous) if previous != life => connections::end_outbound().map_err(|error| error.to_string()),
+            _ => Ok(()),
+        };
+        for error in [clock, random, network, connections].into_iter().filter_map(Result::err) {
             eprintln!("hearth-guest: {error}");
             self.logs.push(LogSource::System, error.as_bytes());
         }

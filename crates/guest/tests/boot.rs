@@ -16,7 +16,7 @@ use hearth_guest_protocol::{
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
+    net::{TcpListener, UnixListener, UnixStream},
     process::{Child, Command},
     sync::mpsc,
     task::JoinHandle,
@@ -56,8 +56,33 @@ while (1) {
     $r = join "", <$c>;
     exit $1 if $r =~ /^exit (\d+)/;
     print "time ", time, "\n" if $r eq "time";
+    if ($r =~ /^connect (\d+)/) {
+        $o = IO::Socket::INET->new(PeerAddr => "10.0.2.2", PeerPort => $1) or die "connect: $!";
+        print defined($o->sysread($b, 5)) ? "outside $b\n" : "outside $!\n";
+        if (!fork) { close $c; print defined($o->sysread($b, 5)) ? "outside $b\n" : "outside $!\n"; exit }
+        close $o;
+    }
     print $c $r; close $c;
 }'
+"#;
+
+/// What a user without privileges sees, then an end by signal.
+const UNPRIVILEGED: &str = r#"
+printf 'user %s:%s %s\n' "$(id -u)" "$(id -g)" "$(id -G | tr ' ' ,)"
+printf 'home %s\n' "$HOME"
+printf 'bounding %s\n' "$(sed -n 's/CapBnd:\t//p' /proc/self/status)"
+printf 'effective %s\n' "$(sed -n 's/CapEff:\t//p' /proc/self/status)"
+echo opened > /dev/stderr
+exec perl -e 'kill 9, $$; sleep 1; print "init ignores its own signals\n"; exit 3'
+"#;
+
+/// What every capability is good for.
+const PRIVILEGED: &str = r#"
+printf 'effective %s\n' "$(sed -n 's/CapEff:\t//p' /proc/self/status)"
+test -c /dev/fuse && echo 'fuse there'
+mount -t tmpfs none /mnt && echo 'mount works'
+mkdir /sys/fs/cgroup/mine && echo 'cgroup writable'
+echo renamed > /proc/sys/kernel/hostname && echo 'sysctl writable'
 "#;
 
 struct Vm {
@@ -133,7 +158,7 @@ impl Host {
 }
 
 impl Session {
-    async fn open(mut io: UnixStream, marker: Marker, clock_seconds: u64) -> Self {
+    async fn open(mut io: UnixStream, marker: Marker, generation: u64, clock_seconds: u64) -> Self {
         // What an earlier session left in flight must not matter.
         io.write_all(b"left over").await.unwrap();
         io.write_all(&marker).await.unwrap();
@@ -151,7 +176,7 @@ impl Session {
         let hello = Hello {
             protocol: VERSION,
             vm_id: "microvm-test".into(),
-            generation: 1,
+            generation,
             wall_clock_ns: clock_seconds * 1_000_000_000,
             entropy: vec![7; 600],
             network: Some(network),
@@ -269,7 +294,7 @@ async fn failure(session: &mut Session, app: App) -> String {
 async fn a_guest_serves_one_host_after_another() {
     let Some(mut vm) = Vm::boot().await else { return };
     let host = vm.host();
-    let mut session = Session::open(host.connection().await, BOOT_MARKER, now_seconds()).await;
+    let mut session = Session::open(host.connection().await, BOOT_MARKER, 1, now_seconds()).await;
 
     // What cannot be started says why, and may be corrected.
     for (argv, reason) in [
@@ -333,23 +358,73 @@ async fn a_guest_serves_one_host_after_another() {
     assert_eq!(reply, DialReply::Connected);
     session.detach().await;
 
-    let mut session = Session::open(host.connection().await, DETACH_MARKER, LATER).await;
+    let mut session = Session::open(host.connection().await, DETACH_MARKER, 1, LATER).await;
     assert_eq!(session.ask("time").await, "time");
     let time = String::from_utf8(session.line().await.line).unwrap();
     assert!(time.strip_prefix("time ").unwrap().parse::<u64>().unwrap() - LATER < 60, "{time}");
 
+    // A connection to the world outside lasts as long as the life of the guest does.
+    let outside = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let peer = async {
+        let (mut peer, _) = timeout(PATIENCE, outside.accept()).await.expect("the application connects").unwrap();
+        peer.write_all(b"there").await.unwrap();
+        peer
+    };
+    let request = format!("connect {}", outside.local_addr().unwrap().port());
+    let (_peer, answer) = tokio::join!(peer, session.ask(&request));
+    assert_eq!(answer, request);
+    assert_eq!(session.line().await.line, b"outside there");
+
     // A host that dies, in a session and between sessions, is replaced by another that knows the marker.
     drop(session);
     drop(host.connection().await);
-    let mut session = Session::open(host.connection().await, DETACH_MARKER, now_seconds()).await;
+    let mut session = Session::open(host.connection().await, DETACH_MARKER, 2, now_seconds()).await;
+    assert_eq!(String::from_utf8_lossy(&session.line().await.line), "outside Software caused connection abort");
     assert_eq!(session.ask("exit 7").await, "");
     assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7 }));
     session.detach().await;
-    let mut session = Session::open(host.connection().await, DETACH_MARKER, now_seconds()).await;
+    let mut session = Session::open(host.connection().await, DETACH_MARKER, 2, now_seconds()).await;
     assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7 }));
     assert_eq!(session.dial(80).await.1, DialReply::Refused);
 
     let console = vm.console();
     assert!(!console.contains("panic"), "{console}");
     vm.qemu.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn users_have_what_their_image_grants() {
+    for (user, all_capabilities, script, expected, code) in [
+        (
+            "www-data",
+            false,
+            UNPRIVILEGED,
+            vec![
+                "user 33:33 33",
+                "home /var/www",
+                "bounding 00000000a80425fb",
+                "effective 0000000000000000",
+                "opened",
+                "init ignores its own signals",
+            ],
+            3,
+        ),
+        ("", true, PRIVILEGED, vec!["effective 000001ffffffffff", "fuse there", "mount works", "cgroup writable", "sysctl writable"], 0),
+    ] {
+        let Some(mut vm) = Vm::boot().await else { return };
+        let mut session = Session::open(vm.host().connection().await, BOOT_MARKER, 1, now_seconds()).await;
+        let started = session.start(App { user: user.into(), all_capabilities, ..app(&["sh", "-c", script]) }).await;
+        assert!(matches!(started, GuestMessage::Started { .. }), "{started:?}");
+        assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code }));
+        let mut told = Vec::new();
+        while told.len() < expected.len() {
+            told.push(String::from_utf8(session.line().await.line).unwrap());
+        }
+        // The two outputs are not ordered among each other.
+        told.sort();
+        let mut expected = expected;
+        expected.sort_unstable();
+        assert_eq!(told, expected);
+        vm.qemu.kill().await.unwrap();
+    }
 }

@@ -3,8 +3,20 @@
 use anyhow::{Result, bail};
 
 /// What `microvm` machines have, and what applications may expect of a kernel.
-pub const WANTED: &[&str] =
-    &["virtio_mmio", "virtio_blk", "virtio_console", "virtio_net", "virtio_rng", "ext4", "unix", "ipv6", "af_packet", "overlay", "fuse"];
+pub const WANTED: &[&str] = &[
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_net",
+    "virtio_rng",
+    "ext4",
+    "unix",
+    "ipv6",
+    "af_packet",
+    "tcp_diag",
+    "overlay",
+    "fuse",
+];
 
 /// Files of the wanted modules and their dependencies, each after those it depends on; paths are relative to the kernel's module directory.
 /// `dep` and `builtin` are the texts of `modules.dep` and `modules.builtin` (modules.dep(5)).
