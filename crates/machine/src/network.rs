@@ -20,7 +20,7 @@ use std::{
         unix::process::CommandExt,
     },
     process::{Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
 };
 
@@ -75,7 +75,7 @@ fn io_error(what: &'static str) -> impl Fn(io::Error) -> NetworkError {
 pub struct Slots {
     ready: Mutex<mpsc::Receiver<Result<Slot, NetworkError>>>,
     maker: tokio::task::JoinHandle<()>,
-    table: String,
+    table: Table,
     nameservers: Vec<Ipv4Addr>,
     mtu: u16,
 }
@@ -102,8 +102,9 @@ impl Slots {
     /// table of that name left by a killed process is replaced. `ahead` slots are kept ready.
     pub async fn start(instance: &str, nameservers: Vec<Ipv4Addr>, ahead: usize) -> Result<Self, NetworkError> {
         fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(io_error("enabling IPv4 forwarding"))?;
-        let table = format!("hearth-{instance}");
-        run(Command::new("nft").args(["-f", "-"]), "nft", &host_rules(&table)).await?;
+        let name = format!("hearth-{instance}");
+        run(Command::new("nft").args(["-f", "-"]), "nft", &host_rules(&name)).await?;
+        let table = Table { name, removed: AtomicBool::new(false) };
         let nameservers = if nameservers.is_empty() { host_nameservers() } else { nameservers };
         let (made, ready) = mpsc::channel(ahead.max(1));
         let maker = tokio::spawn(async move {
@@ -131,9 +132,39 @@ impl Slots {
         let mut ready = self.ready.lock().await;
         ready.close();
         while ready.recv().await.is_some() {}
-        let rules = format!("delete table inet {}\n", self.table);
-        if let Err(error) = run(Command::new("nft").args(["-f", "-"]), "nft", &rules).await {
-            tracing::warn!(%error, table = self.table, "the nftables table was not removed");
+        if !self.table.removed.swap(true, Ordering::AcqRel) {
+            let removed = run(&mut self.table.removal(), "nft", "").await;
+            self.table.report(removed);
+        }
+    }
+}
+
+/// The host's nftables table.
+#[derive(Debug)]
+struct Table {
+    name: String,
+    removed: AtomicBool,
+}
+
+impl Table {
+    fn removal(&self) -> Command {
+        let mut command = Command::new("nft");
+        command.args(["delete", "table", "inet", &self.name]);
+        command
+    }
+
+    fn report(&self, removed: Result<(), impl std::fmt::Display>) {
+        if let Err(error) = removed {
+            tracing::warn!(%error, table = self.name, "the nftables table was not removed");
+        }
+    }
+}
+
+/// Where nobody called [`Slots::shutdown`], as when a failure unwinds.
+impl Drop for Table {
+    fn drop(&mut self) {
+        if !*self.removed.get_mut() {
+            self.report(self.removal().stdin(Stdio::null()).status().map(drop));
         }
     }
 }
