@@ -86,7 +86,7 @@ async fn mint(client: &Client, id: &str, port: u16, minutes: u32) -> Result<Toke
 /// The words of the command. The name in the URL is the endpoint's, wherever its listener is.
 fn words(connect: &Connect, endpoint: &str, token: Token, port: u16, path: &str) -> Vec<String> {
     let slash = if path.starts_with('/') { "" } else { "/" };
-    let mut words: Vec<String> = ["curl", "--cacert", &connect.ca.display().to_string()].map(str::to_owned).into();
+    let mut words: Vec<String> = ["curl", "--no-progress-meter", "--cacert", &connect.ca.display().to_string()].map(str::to_owned).into();
     words.extend(["--connect-to".to_owned(), format!("::{}", connect.endpoint)]);
     for (name, value) in token.auth_token {
         words.extend(["--header".to_owned(), format!("{name}: {value}")]);
@@ -109,6 +109,7 @@ mod tests {
             words,
             [
                 "curl",
+                "--no-progress-meter",
                 "--cacert",
                 "/data/ca/ca.pem",
                 "--connect-to",
