@@ -46,6 +46,9 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     heading("Stopping the server");
     println!("$ kill -TERM {}", server.pid());
     outcomes.push(timed(|| stop(server, &before)));
+    if let Some(Outcome::Failed(_, reason)) = outcomes.last() {
+        println!("FAILED: {reason}");
+    }
 
     let titles = story::CHAPTERS.iter().map(|(title, _)| *title).chain(["Stopping leaves nothing behind"]);
     let failed = summarise(titles.zip(&outcomes), started.elapsed());
@@ -61,6 +64,9 @@ fn session(tools: &crate::workspace::Tools, hearth: &Path, server: &Server) -> R
     shell.set("EXAMPLE", tools.root.join("examples/flask-hello"));
     shell.source(&format!("eval \"$(hearth env --data-dir {})\"", server.data_dir().display()));
     shell.source("PORT=${HEARTH_ENDPOINT##*:}");
+    // Eight seconds are enough to show how a MicroVM falls asleep, but clients refuse less than a minute before they ask the server.
+    shell.set("AWS_CONFIG_FILE", server.scratch().join("aws-config"));
+    shell.run("aws configure set parameter_validation false")?;
     shell.run("env | grep -E '^(AWS|CURL|HEARTH)_' | grep -v SECRET | sort")?;
     Ok(shell)
 }

@@ -66,7 +66,11 @@ fn talk(shell: &mut Shell, _: &mut Server) -> Result<()> {
 }
 
 fn three(shell: &mut Shell, server: &mut Server) -> Result<()> {
-    run_microvm(shell, "MVM2", r#"--idle-policy '{"maxIdleDurationSeconds":8,"suspendedDurationSeconds":600,"autoResumeEnabled":false}'"#)?;
+    run_microvm(
+        shell,
+        "MVM2",
+        r#"--idle-policy '{"maxIdleDurationSeconds":12,"suspendedDurationSeconds":600,"autoResumeEnabled":false}'"#,
+    )?;
     run_microvm(shell, "MVM3", "")?;
     for (name, token) in [("MVM2", "TOKEN2"), ("MVM3", "TOKEN3")] {
         until_state(shell, server, name, "RUNNING")?;
