@@ -74,7 +74,9 @@ pub fn ensure(out: &Path) -> Result<Kit> {
         let guest = guest::build(&target.join("kit-guest"));
         (package.join().expect("no panic in it"), sources.join().expect("no panic in it"), guest)
     });
-    let (package, sources, guest) = (package?, sources?, guest?);
+    let (package, guest) = (package?, guest?);
+    // On a fresh machine, apt's lists have only just come with the search for the kernel.
+    let sources = sources.or_else(|_| base::Sources::find())?;
     let wanted = Inputs::from([
         (VMLINUZ.to_owned(), fingerprint(&[&package.identity()])),
         (INITRAMFS.to_owned(), fingerprint(&[&package.identity(), &checksum(&guest)?.sha256, &modules::WANTED.join(" ")])),
