@@ -7,6 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use hearth_objects::ObjectUri;
 use hearth_store::{
     ClientToken, CreateImage as Created, CreateMicrovm, DeleteImage, ImageRow, Keyset, NewImage, NewMicrovm, Scope, StoreError,
 };
@@ -225,7 +226,7 @@ impl Inner {
         if let Some(token) = token
             && let Some(seen) = self.store.replay_microvm(scope(caller), token).await?
         {
-            return self.replayed(caller, seen);
+            return self.replayed(seen).await;
         }
         let (image, number, spec) = self.find_active(caller, &arn, request.version.as_deref()).await?;
         if request.run_hook_payload.is_some() && !has_run_hook(&spec) {
@@ -262,7 +263,7 @@ impl Inner {
             CreateMicrovm::NoActiveVersion => {
                 return Err(ControlError::NoActiveVersion { arn: arn.to_string(), version: request.version });
             }
-            seen => return self.replayed(caller, seen),
+            seen => return self.replayed(seen).await,
         }
         let vm = Microvm {
             id,
@@ -294,11 +295,14 @@ impl Inner {
         Ok(vm)
     }
 
-    fn replayed(&self, caller: &Caller, seen: CreateMicrovm) -> Result<Microvm, ControlError> {
-        match seen {
-            CreateMicrovm::Replayed { id } => Ok(self.find_microvm(caller, &id)?.microvm().as_ref().clone()),
-            _ => Err(ControlError::TokenReused),
+    async fn replayed(&self, seen: CreateMicrovm) -> Result<Microvm, ControlError> {
+        let CreateMicrovm::Replayed { id } = seen else { return Err(ControlError::TokenReused) };
+        if let Some(handle) = self.registry.by_id(&id) {
+            return Ok(handle.microvm().as_ref().clone());
         }
+        // The first call has recorded it and is about to start its driver.
+        let row = self.store.microvm(&id).await?.ok_or(ControlError::MicrovmNotFound(id))?;
+        Ok(records::microvm(row)?.vm)
     }
 
     /// The version that is to be launched, and what it was built from.
@@ -406,6 +410,7 @@ fn check_spec(caller: &Caller, spec: &ImageSpec) -> Result<(), ControlError> {
     if !known || !MANAGED_VERSIONS.contains(&version) {
         return Err(ControlError::Invalid(format!("No managed MicroVM Image with arn {base} and version {version} is available")));
     }
+    ObjectUri::parse(&spec.code_artifact_uri).map_err(|error| ControlError::Invalid(error.to_string()))?;
     if Shape::of(spec.memory_mib).is_none() {
         return Err(ControlError::Invalid(format!(
             "The requested memory size of {} MiB is not supported by base MicroVM image {base}. Supported memory sizes in MiB are: [512, 1024, 2048, 4096, 8192].",

@@ -21,6 +21,8 @@ mod recovery;
 mod registry;
 mod settings;
 mod sweep;
+#[cfg(test)]
+mod testing;
 pub mod token;
 pub mod types;
 

@@ -32,7 +32,8 @@ const LOG_QUEUE: usize = 256;
 const HOSTNAME: &str = "localhost";
 /// What the state reason says of builds that a stop or a crash of the server ended.
 pub(crate) const HOST_STOPPED: &str = "INTERNAL_PLATFORM_ERROR: The host stopped during the build.";
-const HOST_FAILED: &str = "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why.";
+/// What it says of failures that are not the image's fault.
+pub const HOST_FAILED: &str = "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why.";
 
 /// Why there is no snapshot.
 #[derive(Debug)]

@@ -2,9 +2,9 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use futures::future::BoxFuture;
 use hearth_store::DeleteImage;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     records::{build_bytes, millis, word},
@@ -13,11 +13,12 @@ use crate::{
 
 use super::{
     Deleted, Identity, Job, Shared,
-    build::{Failure, Pipeline},
+    build::{Failure, HOST_FAILED, Pipeline},
     finish_delete,
 };
 
-type Building = BoxFuture<'static, Result<BuildSizes, Failure>>;
+/// A task of its own: it may hold the store's one writer, and must get on while the driver waits for that.
+type Building = AbortOnDropHandle<Result<BuildSizes, Failure>>;
 
 pub struct Driver {
     shared: Arc<Shared>,
@@ -30,7 +31,7 @@ impl Driver {
     pub fn new(shared: Arc<Shared>, image: Identity, deletes: mpsc::UnboundedReceiver<oneshot::Sender<Deleted>>, job: Option<Job>) -> Self {
         let building = job.map(|job| {
             let pipeline = Pipeline::new(Arc::clone(&shared), image.clone(), job.clone());
-            let building: Building = Box::pin(pipeline.run());
+            let building = AbortOnDropHandle::new(tokio::spawn(pipeline.run()));
             (job, building)
         });
         Self { shared, image, deletes, building }
@@ -96,6 +97,10 @@ async fn finished(building: &mut Option<(Job, Building)>) -> (Job, Result<BuildS
             let result = running.await;
             let job = job.clone();
             *building = None;
+            let result = result.unwrap_or_else(|error| {
+                tracing::error!(build = job.build_id, %error, "a build broke off");
+                Err(Failure { reason: HOST_FAILED.to_owned(), sizes: BuildSizes::default() })
+            });
             (job, result)
         }
         None => std::future::pending().await,

@@ -138,3 +138,6 @@ pub(crate) async fn finish_delete(shared: &Shared, image: &Identity) -> Result<(
     shared.changed();
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

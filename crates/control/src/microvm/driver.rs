@@ -6,13 +6,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures::future::BoxFuture;
 use hearth_machine::{Dial, LaunchSource, LaunchSpec, Machine, MachineEvent};
 use hearth_store::StoreError;
 use tokio::{
     sync::{Notify, mpsc, watch},
     time::{Instant, sleep_until},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     logs::{LogGroup, LogLine, LogOrigin, LogWriter, stream_name},
@@ -48,6 +48,8 @@ enum Outcome {
     Launched(Result<Box<dyn Machine>, String>),
     Suspended(Result<(), String>),
     Cleared,
+    /// A bug: the operation panicked.
+    Broken,
 }
 
 pub struct Driver {
@@ -57,8 +59,8 @@ pub struct Driver {
     dir: PathBuf,
     log: LogWriter,
     running: Option<Running>,
-    /// Launch, suspend or clear, one at a time.
-    operation: Option<BoxFuture<'static, Outcome>>,
+    /// Launch, suspend or clear, one at a time. A task of its own: whatever it holds, it gets on while the driver waits for the store.
+    operation: Option<AbortOnDropHandle<Outcome>>,
     next: Option<Next>,
     stopping: bool,
     lifetime_end: Instant,
@@ -182,6 +184,12 @@ impl Driver {
             Outcome::Suspended(Ok(())) => Done::Suspended,
             Outcome::Suspended(Err(reason)) => Done::SuspendFailed(reason),
             Outcome::Cleared => Done::Cleared,
+            Outcome::Broken => match self.record.vm.state {
+                MicrovmState::Pending => Done::LaunchFailed(reason::BROKEN.to_owned()),
+                MicrovmState::Suspending => Done::SuspendFailed(reason::BROKEN.to_owned()),
+                // What could not be cleared away now is at the next start.
+                _ => Done::Cleared,
+            },
         };
         self.consider_alone(Message::Done(done)).await;
         // A transition that ends in another one keeps what is to follow for later.
@@ -247,11 +255,11 @@ impl Driver {
         Some(in_future(since, Duration::from_secs(seconds.into())))
     }
 
-    fn launch(&self, source: LaunchSource) -> BoxFuture<'static, Outcome> {
+    fn launch(&self, source: LaunchSource) -> AbortOnDropHandle<Outcome> {
         let shared = Arc::clone(&self.shared);
         let (id, dir, generation) = (self.record.vm.id.clone(), self.dir.clone(), self.record.generation);
         let (image_id, number) = (self.record.image_id.clone(), self.record.number);
-        Box::pin(async move {
+        begin(async move {
             let launched = async {
                 let snapshot = shared.snapshots.get(&image_id, number).await?;
                 shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, generation }).await
@@ -311,7 +319,7 @@ impl Driver {
             return self.end(reason::died("the server lost track of it")).await;
         };
         let id = self.record.vm.id.clone();
-        self.operation = Some(Box::pin(async move {
+        self.operation = Some(begin(async move {
             let suspended = machine.suspend().await;
             pump.last_words().await;
             Outcome::Suspended(match suspended {
@@ -354,9 +362,9 @@ impl Driver {
         Ok(saved?)
     }
 
-    fn clear(&mut self) -> BoxFuture<'static, Outcome> {
+    fn clear(&mut self) -> AbortOnDropHandle<Outcome> {
         let (running, dir) = (self.running.take(), self.dir.clone());
-        Box::pin(async move {
+        begin(async move {
             if let Some(Running { machine, pump, .. }) = running {
                 machine.kill().await;
                 pump.last_words().await;
@@ -396,6 +404,10 @@ impl Driver {
     }
 }
 
+fn begin(operation: impl Future<Output = Outcome> + Send + 'static) -> AbortOnDropHandle<Outcome> {
+    AbortOnDropHandle::new(tokio::spawn(operation))
+}
+
 /// What the machine says next; never, if there is none or it has said everything. Cancel safe.
 async fn next_event(running: &mut Option<Running>) -> MachineEvent {
     let event = match running {
@@ -409,12 +421,15 @@ async fn next_event(running: &mut Option<Running>) -> MachineEvent {
 }
 
 /// The operation's outcome; never, if there is none. Cancel safe.
-async fn finished(operation: &mut Option<BoxFuture<'static, Outcome>>) -> Outcome {
+async fn finished(operation: &mut Option<AbortOnDropHandle<Outcome>>) -> Outcome {
     match operation {
         Some(running) => {
             let outcome = running.await;
             *operation = None;
-            outcome
+            outcome.unwrap_or_else(|error| {
+                tracing::error!(%error, "an operation on a MicroVM broke off");
+                Outcome::Broken
+            })
         }
         None => std::future::pending().await,
     }

@@ -9,6 +9,8 @@ pub const IDLE: &str = "MicroVM exceeded maximum idle duration.";
 /// What a server says of the MicroVMs that ran when an earlier one died.
 pub const HOST_STOPPED: &str = "The host stopped while the MicroVM was running.";
 
+pub const BROKEN: &str = "The server failed to launch or suspend the MicroVM: its log says why.";
+
 pub fn app_exited(code: i32) -> String {
     format!("Container Stopped with Exit Code: {code}")
 }

@@ -1,0 +1,293 @@
+//! Whole builds with fakes of the builder and the engine, and a real store.
+
+use std::sync::atomic::Ordering;
+
+use futures::StreamExt;
+use hearth_machine::MachineEvent;
+
+use crate::{
+    ControlError,
+    logs::{BUILD_VERSION, LogGroup, stream_name},
+    plane::ControlPlane,
+    testing::{Frozen, World, caller, create, exited, image_arn, log_line, run, spec, within},
+    types::{BuildState, CreateImage, ImageState, MicrovmState, PageRequest, VersionState, VersionStatus},
+};
+
+async fn build_log(world: &World, name: &str) -> Vec<String> {
+    let builds = world.control.list_builds(&caller(), &image_arn(name), "1.0", PageRequest::default()).await.unwrap();
+    let stream = stream_name(builds.items[0].created_at, BUILD_VERSION, &builds.items[0].id);
+    let group = LogGroup::of_image("000000000000", "us-east-1", name);
+    world.logs.follow(&group, &stream, 0).map(|line| line.text).collect().await
+}
+
+/// Checks that a build failed as it should, and returns its reason.
+async fn failed(world: &World, name: &str) -> String {
+    let image = world.settled(name).await;
+    assert_eq!(image.state, ImageState::CreateFailed);
+    assert_eq!((image.latest_active_version, image.latest_failed_version.as_deref()), (None, Some("1.0")));
+    let version = world.control.get_image_version(&caller(), &image_arn(name), "1.0").await.unwrap();
+    assert_eq!((version.state, version.status, version.state_reason), (VersionState::Failed, VersionStatus::Inactive, None));
+    assert_eq!((world.names("images").len(), world.names("tmp").len()), (0, 0), "no debris");
+    let reason = world.build_reason(name).await;
+    let log = build_log(world, name).await;
+    assert_eq!(log.last().unwrap(), &format!("Build failed: {reason}"));
+    reason
+}
+
+#[tokio::test]
+async fn an_image_is_built() {
+    let world = World::new().await;
+    *world.engine.script.lock().unwrap() = vec![log_line("hello"), MachineEvent::Listening(8080)];
+    let (image, version) = world.control.create_image(&caller(), create("demo")).await.unwrap();
+    assert_eq!((image.state, version.version.as_str(), version.status), (ImageState::Creating, "1.0", VersionStatus::Inactive));
+    assert_eq!(version.spec.egress_network_connectors.len(), 1);
+    let image = world.settled("demo").await;
+    assert_eq!((image.state, image.latest_active_version.as_deref()), (ImageState::Created, Some("1.0")));
+    let version = world.control.get_image_version(&caller(), &image_arn("demo"), "1.0").await.unwrap();
+    assert_eq!((version.state, version.status), (VersionState::Successful, VersionStatus::Active));
+    let builds = world.control.list_builds(&caller(), &image_arn("demo"), "1.0", PageRequest::default()).await.unwrap();
+    let build = world.control.get_build(&caller(), &image_arn("demo"), "1.0", &builds.items[0].id).await.unwrap();
+    assert_eq!(build.state, BuildState::Successful);
+    assert_eq!((build.sizes.code_install, build.sizes.disk_snapshot, build.sizes.memory_snapshot), (Some(100), Some(300), Some(1001)));
+    assert!(world.path(&format!("images/{}/1.0/manifest.json", image.id)).exists());
+    assert!(world.names("tmp").is_empty());
+    let log = build_log(&world, "demo").await;
+    for line in ["STEP 1/1: FROM scratch", "hello"] {
+        assert!(log.iter().any(|found| found == line), "{line}: {log:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_app_s_environment_is_image_then_request_then_ours() {
+    let world = World::new().await;
+    world.build("demo").await;
+    let app = world.engine.app.lock().unwrap().clone().unwrap();
+    let expected = [
+        ("A", "image"),
+        ("B", "request"),
+        ("AWS_LAMBDA_MICROVM_IMAGE_NAME", "demo"),
+        ("AWS_LAMBDA_MICROVM_IMAGE_ARN", "arn:aws:lambda:us-east-1:000000000000:microvm-image:demo"),
+        ("AWS_LAMBDA_MICROVM_IMAGE_VERSION", "1.0"),
+        ("AWS_REGION", "us-east-1"),
+    ];
+    assert_eq!(app.env, expected.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    assert_eq!(app.hostname, "localhost");
+}
+
+#[tokio::test]
+async fn artifacts_that_cannot_be_had() {
+    let world = World::new().await;
+    for (name, expected) in [
+        ("gone", "S3_NO_SUCH_KEY: The object gone does not exist in the bucket bucket."),
+        ("broken", "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why."),
+    ] {
+        let request = CreateImage { spec: spec(name), ..create(name) };
+        world.control.create_image(&caller(), request).await.unwrap();
+        assert_eq!(failed(&world, name).await, expected);
+    }
+    let nowhere =
+        CreateImage { spec: crate::types::ImageSpec { code_artifact_uri: "app.zip".to_owned(), ..spec("x") }, ..create("nowhere") };
+    let error = world.control.create_image(&caller(), nowhere).await.unwrap_err();
+    assert_eq!(error.to_string(), "CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>");
+}
+
+#[tokio::test]
+async fn a_failing_dockerfile() {
+    let world = World::new().await;
+    world.builder.fail.store(true, Ordering::SeqCst);
+    world.build("demo").await;
+    assert_eq!(failed(&world, "demo").await, "The container image build failed.");
+    assert!(build_log(&world, "demo").await.iter().any(|line| line.contains("RUN false")));
+}
+
+#[tokio::test]
+async fn apps_that_do_not_become_ready() {
+    let world = World::new().await;
+    *world.engine.script.lock().unwrap() = vec![log_line("oops"), exited(1)];
+    world.build("exits").await;
+    assert_eq!(failed(&world, "exits").await, "Container Stopped with Exit Code: 1");
+    assert!(build_log(&world, "exits").await.contains(&"oops".to_owned()));
+    assert_eq!(world.engine.kills.load(Ordering::SeqCst), 1);
+
+    world.builder.config.lock().unwrap().argv = vec!["unstartable".to_owned()];
+    world.build("unstartable").await;
+    assert_eq!(failed(&world, "unstartable").await, "The application could not be started: no such file");
+}
+
+#[tokio::test]
+async fn an_app_that_never_listens_where_it_should() {
+    let world = World::new().await;
+    world.builder.config.lock().unwrap().exposed_ports = vec![5000];
+    let clock = Frozen::now();
+    world.control.create_image(&caller(), create("demo")).await.unwrap();
+    within("the app to be waited for", async {
+        let group = LogGroup::of_image("000000000000", "us-east-1", "demo");
+        let builds = world.control.list_builds(&caller(), &image_arn("demo"), "1.0", PageRequest::default()).await.unwrap();
+        let stream = stream_name(builds.items[0].created_at, BUILD_VERSION, &builds.items[0].id);
+        let mut log = world.logs.follow(&group, &stream, 0);
+        while !log.next().await.unwrap().text.contains("which the image does not EXPOSE") {}
+    })
+    .await;
+    clock.pass(301).await;
+    assert_eq!(failed(&world, "demo").await, "The application did not accept connections on an exposed port within PT5M.");
+}
+
+#[tokio::test]
+async fn an_exposed_port_among_others_is_enough() {
+    let world = World::new().await;
+    world.builder.config.lock().unwrap().exposed_ports = vec![5000, 5001];
+    *world.engine.script.lock().unwrap() = vec![MachineEvent::Listening(9), MachineEvent::Listening(5001)];
+    assert_eq!(world.build("demo").await.state, ImageState::Created);
+}
+
+#[tokio::test]
+async fn machines_that_fail_leave_no_debris() {
+    let world = World::new().await;
+    world.engine.fail_capture.store(true, Ordering::SeqCst);
+    world.build("capture").await;
+    assert!(failed(&world, "capture").await.starts_with("INTERNAL_PLATFORM_ERROR"));
+    assert!(build_log(&world, "capture").await.iter().any(|line| line.contains("no capture")));
+    world.engine.fail_boot.store(true, Ordering::SeqCst);
+    world.build("boot").await;
+    assert!(failed(&world, "boot").await.starts_with("INTERNAL_PLATFORM_ERROR"));
+}
+
+#[tokio::test]
+async fn builds_take_turns() {
+    let world = World::new().await;
+    world.builder.gate.send_replace(false);
+    for name in ["a", "b"] {
+        world.control.create_image(&caller(), create(name)).await.unwrap();
+    }
+    let states = || async {
+        let mut states = Vec::new();
+        for name in ["a", "b"] {
+            states.push(world.control.get_image_version(&caller(), &image_arn(name), "1.0").await.unwrap().state);
+        }
+        states.contains(&VersionState::InProgress).then_some(states)
+    };
+    let states = world.when("a build to run", states).await;
+    assert!(states.contains(&VersionState::Pending), "{states:?}");
+    world.builder.gate.send_replace(true);
+    for name in ["a", "b"] {
+        assert_eq!(world.settled(name).await.state, ImageState::Created);
+    }
+    assert_eq!(world.builder.most_at_once.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn an_image_is_deleted_when_nothing_uses_it() {
+    let world = World::new().await;
+    world.builder.gate.send_replace(false);
+    world.control.create_image(&caller(), create("demo")).await.unwrap();
+    let error = world.control.delete_image(&caller(), &image_arn("demo")).await.unwrap_err();
+    assert_eq!(error.to_string(), "Cannot delete MicroVM image in its current state: CREATING");
+    world.builder.gate.send_replace(true);
+    world.settled("demo").await;
+    let vm = world.run(None).await;
+    assert!(matches!(world.control.delete_image(&caller(), &image_arn("demo")).await, Err(ControlError::ImageInUse)));
+    world.control.terminate_microvm(&caller(), &vm.id).await.unwrap();
+    world.reaches(&vm.id, MicrovmState::Terminated).await;
+    let image = world.control.delete_image(&caller(), &image_arn("demo")).await.unwrap();
+    assert_eq!(image.state, ImageState::Deleting);
+    let gone = world.when("the image to be gone", || async { world.control.get_image(&caller(), &image_arn("demo")).await.err() }).await;
+    assert_eq!(gone.to_string(), format!("MicroVMImage not found for MicroVMImageID: {}", image_arn("demo")));
+    assert!(matches!(world.control.delete_image(&caller(), &image_arn("demo")).await, Err(ControlError::ImageNotFound(_))));
+    assert!(world.names("images").is_empty());
+    assert_eq!(world.engine.forgotten.load(Ordering::SeqCst), 1);
+    assert_eq!(world.get(&vm.id).await.state, MicrovmState::Terminated, "it stays listed");
+    assert_eq!(world.build("demo").await.state, ImageState::Created, "the name is free again");
+}
+
+#[tokio::test]
+async fn a_token_makes_one_image_and_is_freed_with_it() {
+    let world = World::new().await;
+    let request = CreateImage { client_token: Some("t".to_owned()), ..create("demo") };
+    let (image, _) = world.control.create_image(&caller(), request.clone()).await.unwrap();
+    world.settled("demo").await;
+    let (again, version) = world.control.create_image(&caller(), request.clone()).await.unwrap();
+    assert_eq!((again.id, again.state, version.state), (image.id, ImageState::Created, VersionState::Successful));
+    let other = CreateImage { name: "other".to_owned(), ..request.clone() };
+    assert!(matches!(world.control.create_image(&caller(), other).await, Err(ControlError::TokenReused)));
+    let taken = CreateImage { client_token: None, ..request.clone() };
+    let error = world.control.create_image(&caller(), taken).await.unwrap_err();
+    assert_eq!(error.to_string(), "A MicroVM image with the name 'demo' already exists in this account");
+    world.control.delete_image(&caller(), &image_arn("demo")).await.unwrap();
+    world.when("the image to be gone", || async { world.control.get_image(&caller(), &image_arn("demo")).await.err() }).await;
+    world.control.create_image(&caller(), request).await.unwrap();
+    assert_eq!(world.settled("demo").await.state, ImageState::Created);
+}
+
+#[tokio::test]
+async fn a_stop_gives_builds_up() {
+    let world = World::new().await;
+    world.builder.gate.send_replace(false);
+    world.control.create_image(&caller(), create("running")).await.unwrap();
+    world.control.create_image(&caller(), create("waiting")).await.unwrap();
+    let world = world.restart().await;
+    for name in ["running", "waiting"] {
+        assert_eq!(failed(&world, name).await, "INTERNAL_PLATFORM_ERROR: The host stopped during the build.");
+    }
+}
+
+#[tokio::test]
+async fn a_crash_fails_builds_and_repeats_deletions() {
+    let world = World::new().await;
+    let image = world.build("deleting").await;
+    world.control.inner.store.begin_image_delete(&image.id, 1).await.unwrap();
+    world.builder.gate.send_replace(false);
+    world.control.create_image(&caller(), create("building")).await.unwrap();
+    world
+        .when("the build to run", || async {
+            let version = world.control.get_image_version(&caller(), &image_arn("building"), "1.0").await.unwrap();
+            (version.state == VersionState::InProgress).then_some(())
+        })
+        .await;
+    let world = world.crash().await;
+    assert_eq!(world.settled("building").await.state, ImageState::CreateFailed);
+    assert_eq!(world.build_reason("building").await, "INTERNAL_PLATFORM_ERROR: The host stopped during the build.");
+    assert!(matches!(world.control.get_image(&caller(), &image_arn("deleting")).await, Err(ControlError::ImageNotFound(_))));
+    assert!(world.names("images").is_empty());
+}
+
+#[tokio::test]
+async fn what_is_refused_at_once() {
+    let world = World::new().await;
+    let with = |change: fn(&mut crate::types::ImageSpec)| {
+        let mut request = create("demo");
+        change(&mut request.spec);
+        let world = &world;
+        async move { world.control.create_image(&caller(), request).await.unwrap_err().to_string() }
+    };
+    let base = "arn:aws:lambda:us-east-1:aws:microvm-image:al2023-1";
+    let unknown = with(|spec| spec.base_image_version = Some("999".to_owned())).await;
+    assert_eq!(unknown, format!("No managed MicroVM Image with arn {base} and version 999 is available"));
+    assert!(with(|spec| spec.base_image_arn = "arn:aws:lambda:us-east-1:aws:microvm-image:x".to_owned()).await.contains("version 1 is"));
+    assert_eq!(with(|spec| spec.base_image_arn = "al2023-1".to_owned()).await, "Invalid ARN format: al2023-1");
+    assert!(with(|spec| spec.memory_mib = 3000).await.starts_with("The requested memory size of 3000 MiB is not supported"));
+    assert!(matches!(world.control.get_image(&caller(), &image_arn("demo")).await, Err(ControlError::ImageNotFound(_))));
+    assert!(matches!(world.control.get_image(&caller(), "demo").await, Err(ControlError::Invalid(_))));
+    let foreign = image_arn("demo").replace("000000000000", "111111111111");
+    assert!(matches!(world.control.get_image(&caller(), &foreign).await, Err(ControlError::Denied { .. })));
+}
+
+#[tokio::test]
+async fn the_filter_applies_after_the_limit() {
+    let world = World::new().await;
+    for name in ["apple", "banana", "apricot"] {
+        world.build(name).await;
+    }
+    let list = |token| {
+        let world = &world;
+        async move { world.control.list_images(&caller(), Some("ap"), PageRequest { limit: Some(1), token }).await.unwrap() }
+    };
+    let mut names = Vec::new();
+    let mut page = list(None).await;
+    while let Some(next) = page.next {
+        names.push(page.items.pop().map(|image| image.name));
+        page = list(Some(next)).await;
+    }
+    names.push(page.items.pop().map(|image| image.name));
+    assert_eq!(names, [Some("apricot".to_owned()), None, Some("apple".to_owned())]);
+    assert!(world.control.run_microvm(&caller(), run("apple", None)).await.is_ok());
+}
