@@ -136,4 +136,18 @@ mod tests {
         assert!(matches!(error, OpenError::Damaged { .. }), "{error}");
         assert!(error.to_string().contains("hearth.db"), "{error}");
     }
+
+    #[tokio::test]
+    async fn a_full_disk_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("hearth.db")).await.unwrap();
+        // As if the disk ended where the file does.
+        sqlx::query("PRAGMA max_page_count = 1").execute(&store.writer).await.unwrap();
+        let tags = format!("{{\"k\":\"{}\"}}", "v".repeat(100_000));
+        let image = NewImage { tags: &tags, ..images::tests::new_image("demo") };
+        let error = store.create_image(&image, None).await.unwrap_err();
+        assert!(matches!(error, StoreError::Full { .. }), "{error}");
+        assert!(error.to_string().contains("free some space"), "{error}");
+        assert!(store.image_by_name(images::tests::SCOPE, "demo").await.unwrap().is_none());
+    }
 }
