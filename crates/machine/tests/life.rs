@@ -212,11 +212,11 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_run_says_why() {
     let Some(bench) = Bench::new("refused").await else { return };
-    let mut machine = bench.boot("image").await;
+    let mut machine = bench.boot("refused").await;
     let mut events = machine.take_events().unwrap();
     let error = machine.start_app(app(&["/no/such/program"])).await.unwrap_err();
     assert!(matches!(&error, GuestError::App(reason) if reason.contains("/no/such/program")), "{error}");
-    let pids = Command::new("pgrep").args(["-f", "qemu-system.*-name image,"]).output().unwrap();
+    let pids = Command::new("pgrep").args(["-f", "qemu-system.*-name refused,"]).output().unwrap();
     let pid = String::from_utf8(pids.stdout).unwrap();
     let pid = pid.lines().find(|pid| {
         std::fs::read_to_string(format!("/proc/{pid}/status"))
