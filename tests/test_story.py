@@ -131,7 +131,7 @@ class Test6IdleMicrovmsSleepAndWake:
         assert microvm.processes() == process
 
     def test_without_auto_resume_the_request_is_refused(self, run):
-        microvm = run(idlePolicy=idle_policy(idle=2, resume=False))
+        microvm = run(idlePolicy=idle_policy(idle=5, resume=False))
         microvm.count()
         microvm.wait("SUSPENDED")
         answer = microvm.http("/")
