@@ -231,7 +231,9 @@ impl Storage {
 
     /// A program in namespaces of its own, with little of our environment.
     fn isolated(&self, program: &str) -> Command {
-        let mut command = Command::new("unshare");
+        // A killed daemon takes its builds with it: they would go on writing, and hold the lock on the storage.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "unshare"]);
         command.args(["--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--", program]);
         command.stdin(Stdio::null()).env_clear().env("HOME", &self.scratch).env("TMPDIR", &self.scratch);
         command.env("CONTAINERS_REGISTRIES_CONF", &self.registries);
