@@ -65,6 +65,12 @@ fn identity(row: &ImageRow) -> Identity {
     Identity { id: row.id.clone(), account: row.account.clone(), region: row.region.clone(), name: row.name.clone() }
 }
 
+/// Whether a MicroVM's directory holds what its last suspend left. The engine gives that its name last, and takes it away before the
+/// machine runs on.
+pub(crate) async fn holds_suspended_state(dir: &Path) -> bool {
+    tokio::fs::try_exists(dir.join("suspended")).await.unwrap_or(false)
+}
+
 /// Every MicroVM, at rest: suspended or terminated.
 async fn settle_microvms(shared: &microvm::Shared) -> Result<Vec<Record>, StartError> {
     let mut settled = Vec::new();
@@ -77,8 +83,7 @@ async fn settle_microvms(shared: &microvm::Shared) -> Result<Vec<Record>, StartE
                 continue;
             }
         };
-        // The engine gives the state its name when it is complete, and takes it away before the machine runs ahead of it.
-        let sleeps = tokio::fs::try_exists(shared.dir.join(&id).join("suspended")).await.unwrap_or(false);
+        let sleeps = holds_suspended_state(&shared.dir.join(&id)).await;
         if settle(&mut record, sleeps, SystemTime::now()) {
             tracing::info!(id, state = ?record.vm.state, reason = record.vm.state_reason, "took up a MicroVM of an earlier server");
             shared.store.save_microvm(&id, &records::change(&record)).await?;

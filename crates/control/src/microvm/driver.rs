@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_machine::{Dial, LaunchSource, LaunchSpec, Machine, MachineEvent};
+use hearth_machine::{Dial, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, SnapshotError};
 use hearth_store::StoreError;
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -19,6 +19,7 @@ use crate::{
     plane::Activity,
     pump::Pump,
     records,
+    recovery::holds_suspended_state,
     types::MicrovmState,
 };
 
@@ -45,11 +46,18 @@ struct Running {
 
 /// What an operation leaves.
 enum Outcome {
-    Launched(Result<Box<dyn Machine>, String>),
+    Launched(Result<Box<dyn Machine>, LaunchFailure>),
     Suspended(Result<(), String>),
     Cleared,
     /// A bug: the operation panicked.
     Broken,
+}
+
+/// Why there is no machine.
+struct LaunchFailure {
+    reason: String,
+    /// What the last suspend left is still there.
+    keeps_state: bool,
 }
 
 pub struct Driver {
@@ -65,6 +73,7 @@ pub struct Driver {
     stopping: bool,
     lifetime_end: Instant,
     suspended_end: Option<Instant>,
+    failed_resumes: u64,
 }
 
 impl Driver {
@@ -85,6 +94,7 @@ impl Driver {
             stopping: false,
             lifetime_end,
             suspended_end: None,
+            failed_resumes: 0,
         };
         if driver.record.vm.state == MicrovmState::Pending {
             driver.operation = Some(driver.launch(LaunchSource::Snapshot));
@@ -162,6 +172,10 @@ impl Driver {
                 self.enter_suspended().await;
                 Ok(())
             }
+            Decision::ReturnToSuspended(reason) => {
+                self.return_to_suspended(reason).await;
+                Ok(())
+            }
             Decision::End(reason) => self.end(reason).await,
             Decision::Clear => {
                 self.operation = Some(self.clear());
@@ -180,7 +194,8 @@ impl Driver {
                 self.attach(machine);
                 Done::Launched
             }
-            Outcome::Launched(Err(reason)) => Done::LaunchFailed(reason),
+            Outcome::Launched(Err(LaunchFailure { reason, keeps_state: true })) => Done::ResumeFailed(reason),
+            Outcome::Launched(Err(LaunchFailure { reason, keeps_state: false })) => Done::LaunchFailed(reason),
             Outcome::Suspended(Ok(())) => Done::Suspended,
             Outcome::Suspended(Err(reason)) => Done::SuspendFailed(reason),
             Outcome::Cleared => Done::Cleared,
@@ -262,18 +277,25 @@ impl Driver {
         begin(async move {
             let launched = async {
                 let snapshot = shared.snapshots.get(&image_id, number).await?;
+                let dir = dir.clone();
                 shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, generation }).await
             };
-            Outcome::Launched(launched.await.map_err(|error| {
-                tracing::error!(id, generation, %error, "a MicroVM could not be launched");
-                reason::launch_failed(&error)
-            }))
+            let error = match launched.await {
+                Ok(machine) => return Outcome::Launched(Ok(machine)),
+                Err(error) => error,
+            };
+            tracing::error!(id, generation, %error, "a MicroVM could not be launched");
+            // A host that cannot resume it now may do so later; a state that is damaged stays so.
+            let for_good = matches!(&error, LaunchError::Snapshot(error) if !matches!(error, SnapshotError::Platform { .. }));
+            let keeps_state = source == LaunchSource::Suspended && !for_good && holds_suspended_state(&dir).await;
+            Outcome::Launched(Err(LaunchFailure { reason: reason::launch_failed(&error), keeps_state }))
         })
     }
 
     async fn resume(&mut self) -> Result<(), CallError> {
         let mut record = self.record.clone();
         record.vm.state = MicrovmState::Pending;
+        record.vm.state_reason = None;
         record.generation += 1;
         save(&self.shared, &record).await?;
         self.record = record;
@@ -348,6 +370,18 @@ impl Driver {
         self.publish(None);
     }
 
+    /// A resume failed, and everything is as it was before, but for those who waited: they are told.
+    async fn return_to_suspended(&mut self, reason: String) {
+        self.log.offer(LogLine::now(LogOrigin::System, reason.clone()));
+        self.record.vm.state = MicrovmState::Suspended;
+        self.record.vm.state_reason = Some(reason);
+        self.next = None;
+        self.failed_resumes += 1;
+        self.save_after_the_fact().await;
+        self.suspended_end = self.suspended_end();
+        self.publish(None);
+    }
+
     /// Begins the end. It goes on even if it cannot be recorded: a full disk is no reason to keep what fills it.
     async fn end(&mut self, reason: String) -> Result<(), CallError> {
         self.log.offer(LogLine::now(LogOrigin::System, format!("MicroVM terminates: {reason}")));
@@ -392,7 +426,12 @@ impl Driver {
     }
 
     fn publish(&self, dialer: Option<Arc<dyn Dial>>) {
-        self.channels.publish.send_replace(View { vm: Arc::new(self.record.vm.clone()), wakes: wakes(&self.record), dialer });
+        self.channels.publish.send_replace(View {
+            vm: Arc::new(self.record.vm.clone()),
+            wakes: wakes(&self.record),
+            failed_resumes: self.failed_resumes,
+            dialer,
+        });
         self.shared.changes.send_modify(|count| *count += 1);
     }
 

@@ -19,6 +19,7 @@
 //! - **SUSPENDING**: the engine writes the machine's state and ends its process. A wake or resume is remembered and follows at once.
 //! - **SUSPENDED**: no process, no memory. Ends after `suspendedDurationSeconds`, unless that is 0 (then idle terminates, and only an explicit
 //!   suspend comes here) or the host's shutdown suspended it, which is not the user's doing: such a MicroVM wakes whatever its policy says.
+//!   A resume that fails before the machine has run leads back here: nothing is lost, and whoever waited is told.
 //! - **TERMINATING**, **TERMINATED**: the machine is killed, its files are deleted, its record stays for a while.
 //!
 //! `maximumDurationInSeconds` is wall time since the start and ends every state. [`policy`] decides, [`driver`] acts: it writes a transition
@@ -101,6 +102,8 @@ pub(crate) struct View {
     pub vm: Arc<Microvm>,
     /// A request resumes it if it is suspended.
     wakes: bool,
+    /// Counts resumes that failed and left it suspended.
+    failed_resumes: u64,
     /// Present while requests can be sent to it.
     dialer: Option<Arc<dyn Dial>>,
 }
@@ -166,7 +169,8 @@ impl Handle {
     }
 
     fn build(record: Record, start: impl FnOnce(driver::Channels, Record) -> Option<AbortHandle>) -> Arc<Self> {
-        let (publish, view) = watch::channel(View { vm: Arc::new(record.vm.clone()), wakes: wakes(&record), dialer: None });
+        let (publish, view) =
+            watch::channel(View { vm: Arc::new(record.vm.clone()), wakes: wakes(&record), failed_resumes: 0, dialer: None });
         let (requests, mailbox) = mpsc::unbounded_channel();
         let wake = Arc::new(Notify::new());
         let activity = Arc::new(Activity::default());
@@ -230,9 +234,14 @@ impl Handle {
 
     async fn connect_when_running(&self, port: u16) -> Result<Box<dyn GuestStream>, ConnectError> {
         let mut view = self.view.clone();
+        let failed_before = view.borrow().failed_resumes;
         loop {
             let dialer = {
                 let view = view.borrow_and_update();
+                if view.failed_resumes != failed_before {
+                    let reason = view.vm.state_reason.clone().unwrap_or_default();
+                    return Err(ConnectError::Unreachable(reason));
+                }
                 self.find_dialer(&view)?
             };
             if let Some(dialer) = dialer {

@@ -33,6 +33,8 @@ pub enum Done {
     Launched,
     /// With the state reason.
     LaunchFailed(String),
+    /// What was suspended is still there. With the state reason.
+    ResumeFailed(String),
     Suspended,
     /// With the state reason.
     SuspendFailed(String),
@@ -75,6 +77,8 @@ pub enum Decision {
     Suspend(SuspendedBy),
     /// `SUSPENDING` ─▶ `SUSPENDED`.
     EnterSuspended,
+    /// `PENDING` ─▶ `SUSPENDED`, as before the resume, with this state reason.
+    ReturnToSuspended(String),
     /// ─▶ `TERMINATING` with this state reason, and clear away as soon as nothing else is going on.
     End(String),
     /// Kill the machine if there is one, and delete the files.
@@ -97,6 +101,7 @@ pub fn decide(now: Situation, message: Message) -> Decision {
         (Pending, Message::HostShutdown) => Decision::Remember(Some(Next::Suspend(SuspendedBy::Host))),
         (Pending, Message::Done(Done::Launched)) => Decision::EnterRunning,
         (Pending, Message::Done(Done::LaunchFailed(reason))) => Decision::End(reason),
+        (Pending, Message::Done(Done::ResumeFailed(reason))) => Decision::ReturnToSuspended(reason),
 
         (Running, Message::Call(Call::Suspend)) => Decision::Suspend(SuspendedBy::Call),
         (Running, Message::Idle) if now.sleeps => Decision::Suspend(SuspendedBy::Idle),
@@ -151,6 +156,7 @@ mod tests {
             ("host", Message::HostShutdown),
             ("launched", Message::Done(Done::Launched)),
             ("launch failed", Message::Done(Done::LaunchFailed("l".to_owned()))),
+            ("resume failed", Message::Done(Done::ResumeFailed("r".to_owned()))),
             ("suspended", Message::Done(Done::Suspended)),
             ("suspend failed", Message::Done(Done::SuspendFailed("s".to_owned()))),
             ("cleared", Message::Done(Done::Cleared)),
@@ -172,6 +178,7 @@ mod tests {
             Decision::EnterRunning => "RUNNING",
             Decision::Suspend(_) => "suspend",
             Decision::EnterSuspended => "SUSPENDED",
+            Decision::ReturnToSuspended(_) => "back",
             Decision::End(_) => "end",
             Decision::Clear => "clear",
             Decision::EnterTerminated => "TERMINATED",
@@ -195,6 +202,7 @@ mod tests {
             ("host",           ["then suspend", "suspend", "forget",      "-",         "-",          "-"]),
             ("launched",       ["RUNNING",      "-",       "-",           "-",         "clear",      "-"]),
             ("launch failed",  ["end",          "-",       "-",           "-",         "clear",      "-"]),
+            ("resume failed",  ["back",         "-",       "-",           "-",         "clear",      "-"]),
             ("suspended",      ["-",            "-",       "SUSPENDED",   "-",         "clear",      "-"]),
             ("suspend failed", ["-",            "-",       "end",         "-",         "clear",      "-"]),
             ("cleared",        ["-",            "-",       "-",           "-",         "TERMINATED", "-"]),

@@ -264,6 +264,26 @@ async fn a_caller_that_goes_away_leaves_no_record_without_a_driver() {
 }
 
 #[tokio::test]
+async fn a_resume_that_fails_loses_nothing_and_tells_who_waited() {
+    let world = World::with_image().await;
+    let vm = world.run(idle(60, 600, true)).await;
+    world.reaches(&vm.id, MicrovmState::Running).await;
+    world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
+    world.reaches(&vm.id, MicrovmState::Suspended).await;
+    world.engine.fail_launch.store(true, Ordering::SeqCst);
+    assert!(matches!(world.connect(&vm).await, Err(ConnectError::Unreachable(reason)) if reason.contains("host")));
+    let asleep = world.get(&vm.id).await;
+    assert_eq!(asleep.state, MicrovmState::Suspended);
+    assert!(asleep.state_reason.is_some());
+    assert!(world.path(&format!("microvms/{}/suspended", vm.id)).exists());
+
+    world.engine.fail_launch.store(false, Ordering::SeqCst);
+    world.connect(&vm).await.unwrap();
+    let awake = world.get(&vm.id).await;
+    assert_eq!((awake.state, awake.state_reason), (MicrovmState::Running, None));
+}
+
+#[tokio::test]
 async fn without_auto_resume_a_request_is_refused_and_a_call_resumes() {
     let world = World::with_image().await;
     let vm = world.run(idle(60, 600, false)).await;
