@@ -18,6 +18,17 @@ def pytest_sessionstart(session):
         raise pytest.UsageError("the whole-system tests start real MicroVMs, which needs root")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure is shown with what the servers of the test said."""
+    report = yield
+    if report.failed:
+        for name, value in getattr(item, "funcargs", {}).items():
+            if isinstance(value, Server):
+                report.sections.append((f"the log of {name}", value.log()))
+    return report
+
+
 @pytest.fixture(scope="session")
 def server():
     with support.serving() as server:
