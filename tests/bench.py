@@ -6,8 +6,8 @@ such call; its own time is in the table.
 
 import argparse
 import json
-import os
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -76,6 +76,25 @@ def one_round(server: Server, image: str, figures: Figures, sizes: list[int]) ->
     microvm.terminate()
 
 
+def cold_boot(server: Server, uri: str, figures: Figures) -> None:
+    """Builds the image anew and times, by its build log, from the start of the machine until the app listens."""
+    name = "cold-boot"
+    image = support.create_image(server, name, uri)["imageArn"]
+    command = [support.HEARTH, "logs", name, "--follow", "--data-dir", server.data_dir]
+    started = None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as log:
+        for line in log.stdout:
+            if line.startswith("Booting"):
+                started = time.monotonic()
+            elif "listens on port" in line and started:
+                figures.add("cold boot until the app listens", (time.monotonic() - started) * 1000)
+    support.wait_image(server, image, "CREATED")
+    server.microvms.delete_microvm_image(imageIdentifier=image)
+    deadline = support.Deadline(30, "the image to be gone")
+    while server.microvms.list_microvm_images(nameFilter=name)["items"]:
+        deadline.tick()
+
+
 def suspended_bytes(server: Server, microvm_id: str) -> int:
     """What a suspended MicroVM takes on disk, without the blocks that its files leave out."""
     files = [path for path in (server.data_dir / "microvms" / microvm_id).rglob("*") if path.is_file()]
@@ -97,22 +116,22 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--data-dir", type=Path, required=True)
     options.add_argument("--rounds", type=int, default=20)
+    options.add_argument("--boots", type=int, help="cold boots; as many as rounds unless given")
     arguments = options.parse_args()
 
-    server = Server.__new__(Server)
-    server.data_dir, server.log_path = arguments.data_dir, Path(os.devnull)
+    server = Server.attach(arguments.data_dir)
     uri = support.upload(server, "flask-hello.zip", support.zip_directory(FLASK_HELLO))
     print("building the image", flush=True)
     image = support.create_image(server, "flask-hello", uri)["imageArn"]
-    build = timed(lambda: support.wait_image(server, image, "CREATED", 600))
-    print(f"building it took {build / 1000:.1f} s")
-    log = server.hearth("logs", "flask-hello").stdout.splitlines()
-    print("\n".join(f"  | {line}" for line in log[-6:]))
+    support.wait_image(server, image, "CREATED", 600)
 
     figures, sizes = Figures(), []
     for number in range(WARM_UP + arguments.rounds):
         one_round(server, image, Figures() if number < WARM_UP else figures, sizes)
         print(".", end="", flush=True)
+    for _ in range(arguments.rounds if arguments.boots is None else arguments.boots):
+        cold_boot(server, uri, figures)
+        print("b", end="", flush=True)
     figures.show()
     show_sizes(server, sizes)
 

@@ -66,6 +66,13 @@ class Server:
         self.env = env
         self.process: subprocess.Popen | None = None
 
+    @classmethod
+    def attach(cls, data_dir: Path) -> Server:
+        """A server that somebody else started."""
+        server = cls.__new__(cls)
+        server.data_dir, server.process = data_dir, None
+        return server
+
     def command(self) -> list[str]:
         return [
             str(HEARTH), "serve", "--data-dir", str(self.data_dir), "--config", str(self.config_path),

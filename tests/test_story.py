@@ -145,7 +145,7 @@ class Test6IdleMicrovmsSleepAndWake:
     def test_many_requests_at_once_wake_it_once(self, run):
         from concurrent.futures import ThreadPoolExecutor
 
-        microvm = run(idlePolicy=idle_policy(idle=1000))
+        microvm = run(idlePolicy=idle_policy(idle=600))
         microvm.count()
         microvm.client.suspend_microvm(microvmIdentifier=microvm.id)
         microvm.wait("SUSPENDED")

@@ -21,6 +21,7 @@ pub fn run(workspace: &Workspace, rounds: u32) -> Result<()> {
         .arg(server.data_dir())
         .args(["--rounds", &rounds.to_string()])
         .current_dir(workspace.root.join("tests"))
+        .env("HEARTH", &hearth)
         .env("PYTHONDONTWRITEBYTECODE", "1");
     let result = process::run("the measurements", &mut script, LIMIT);
     if result.is_err() {
