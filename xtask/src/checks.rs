@@ -2,6 +2,7 @@
 
 use std::{
     ops::AddAssign,
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -39,15 +40,19 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     let tools = workspace.set_up();
     note("formatting", formatting(workspace));
     note("lints", lints(workspace));
-    note("unit tests", unit_tests(workspace));
-    note("whole-system tests", tools.and_then(|tools| system_tests(workspace, &tools, &[])));
+    let unit = unit_tests(workspace);
+    // The build of the tests made the server too; another build, without what only tests need, would compile most of it again.
+    let hearth = if unit.is_ok() { Ok(workspace.hearth()) } else { workspace.build_hearth() };
+    note("unit tests", unit);
+    note("whole-system tests", tools.and_then(|tools| system_tests(workspace, &tools, &hearth?, &[])));
     conclude(counts, &problems)
 }
 
 /// Only the whole-system tests, with arguments for pytest.
 pub fn run_system(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     let tools = workspace.set_up()?;
-    conclude(system_tests(workspace, &tools, arguments)?, &[])
+    let hearth = workspace.build_hearth()?;
+    conclude(system_tests(workspace, &tools, &hearth, arguments)?, &[])
 }
 
 fn conclude(counts: Counts, problems: &[String]) -> Result<()> {
@@ -96,9 +101,8 @@ fn unit_tests(workspace: &Workspace) -> Result<Counts> {
     accept("the unit tests", status, counts)
 }
 
-fn system_tests(workspace: &Workspace, tools: &Tools, arguments: &[String]) -> Result<Counts> {
+fn system_tests(workspace: &Workspace, tools: &Tools, hearth: &Path, arguments: &[String]) -> Result<Counts> {
     stage("whole-system tests");
-    let hearth = workspace.build_hearth()?;
     let before = Host::look()?;
     let path = std::env::join_paths(
         [tools.aws_dir.clone()].into_iter().chain(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())),
@@ -111,7 +115,7 @@ fn system_tests(workspace: &Workspace, tools: &Tools, arguments: &[String]) -> R
         .env("PATH", path)
         .env("PYTHONUNBUFFERED", "1")
         .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("HEARTH", &hearth)
+        .env("HEARTH", hearth)
         .env("HEARTH_TEST_BUILD_CACHE", workspace.target.join("build-cache"));
     let mut counts = Counts::default();
     let status = Process::start("pytest", &mut command, Output::Lines)?.finish(SYSTEM_LIMIT, |line| {
