@@ -19,6 +19,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("kmod", "/usr/bin/kmod"),
     ("libnss-myhostname", "/usr/lib/x86_64-linux-gnu/libnss_myhostname.so.2"),
     ("mmdebstrap", "/usr/bin/mmdebstrap"),
+    ("mount", "/usr/bin/mount"),
     ("nftables", "/usr/sbin/nft"),
     ("procps", "/usr/bin/pgrep"),
     ("zip", "/usr/bin/zip"),

@@ -11,6 +11,8 @@ const PROGRAMS: &[&str] = &["qemu-system-x86", "qemu-img", "buildah", "crun", "m
 /// Directories where temporary things of ours would lie, and how their names begin.
 const TEMPORARY: &[&str] = &["/tmp", "/var/tmp", "/run", "/dev/shm"];
 const NAMES: &[&str] = &["hearth", "buildah", "qemu"];
+/// Where iproute2 keeps named network namespaces: once a test has named one, it stays mounted, empty.
+const NAMED_NAMESPACES: &str = "/run/netns";
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Everything of the kinds that a server makes, one line each.
@@ -22,7 +24,7 @@ impl Host {
     pub fn look() -> Result<Self> {
         let mut found = BTreeSet::new();
         found.extend(processes());
-        found.extend(names_in(Path::new("/run/netns"), |_| true).map(|name| format!("network namespace {name}")));
+        found.extend(names_in(Path::new(NAMED_NAMESPACES), |_| true).map(|name| format!("network namespace {name}")));
         found.extend(names_in(Path::new("/sys/class/net"), |_| true).map(|name| format!("network device {name}")));
         for dir in TEMPORARY {
             let ours = |name: &str| NAMES.iter().any(|start| name.starts_with(start));
@@ -52,7 +54,8 @@ fn processes() -> Vec<String> {
 }
 
 fn mounts(mountinfo: &str) -> Vec<String> {
-    mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| format!("mount {point}")).collect()
+    let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4));
+    points.filter(|point| *point != NAMED_NAMESPACES).map(|point| format!("mount {point}")).collect()
 }
 
 /// Control groups are nested, but ours would lie near the top.
@@ -99,7 +102,7 @@ mod tests {
 
     #[test]
     fn mount_points_are_read() {
-        let text = "22 28 0:20 / /sys rw,nosuid - sysfs sysfs rw\n23 28 0:21 / /data/build\\040cache rw - tmpfs tmpfs rw\n";
+        let text = "21 28 0:20 / /run/netns rw - tmpfs tmpfs rw\n22 28 0:20 / /sys rw,nosuid - sysfs sysfs rw\n23 28 0:21 / /data/build\\040cache rw - tmpfs tmpfs rw\n";
         assert_eq!(mounts(text), ["mount /sys", "mount /data/build\\040cache"]);
     }
 }

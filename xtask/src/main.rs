@@ -1,6 +1,6 @@
 //! The project's chores: `cargo xtask setup`, `kit`, `demo`, `test`, `bench`.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod bench;
 mod checks;

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, BufRead, BufReader, Read},
+    os::unix::process::CommandExt,
     process::{Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread,
@@ -10,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{SigHandler, Signal, kill, signal},
     unistd::Pid,
 };
 
@@ -49,6 +50,7 @@ impl Process {
             command.stdout(writer.try_clone().context("making a pipe")?).stderr(writer);
             forward_lines(reader, sender.clone());
         }
+        listen_to_interrupts(command);
         let mut child = command.spawn().with_context(|| format!("starting {what} ({})", command.get_program().display()))?;
         // The command keeps our ends of the pipe; the reader sees the end of the stream only when they are closed.
         command.stdout(Stdio::null()).stderr(Stdio::null());
@@ -132,6 +134,18 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.signal(Signal::SIGKILL);
+    }
+}
+
+/// A shell that starts us in the background lets us, and all that we start, ignore SIGINT, which is how programs are ended past their limit.
+#[expect(unsafe_code, reason = "the signal's action can only be set between fork and exec")]
+fn listen_to_interrupts(command: &mut Command) {
+    // SAFETY: signal(2) is async-signal-safe, and the default action runs no code of ours.
+    unsafe {
+        command.pre_exec(|| {
+            signal(Signal::SIGINT, SigHandler::SigDfl)?;
+            Ok(())
+        });
     }
 }
 

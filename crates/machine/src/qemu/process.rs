@@ -191,7 +191,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_last_words_of_a_process_are_kept() {
-        let process = Spawner::start().unwrap().spawn(shell("echo no such disk >&2; exit 3")).await.unwrap();
+        let spawner = Spawner::start().unwrap();
+        let process = spawner.spawn(shell("echo no such disk >&2; exit 3")).await.unwrap();
         assert_eq!(&*process.wait().await, "QEMU ended (exit status: 3): no such disk");
     }
 
