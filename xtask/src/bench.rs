@@ -4,26 +4,30 @@ use std::{process::Command, time::Duration};
 
 use anyhow::Result;
 
-use crate::{process, server::Server, workspace::Workspace};
+use crate::{host, process, server::Server, workspace::Workspace};
 
 const LIMIT: Duration = Duration::from_secs(30 * 60);
 
 /// Builds an image on a server of its own and measures each path `rounds` times.
 pub fn run(workspace: &Workspace, rounds: u32) -> Result<()> {
     let tools = workspace.set_up()?;
+    host::ensure_wrk()?;
     process::run("building hearth", workspace.cargo().args(["build", "--release", "--package", "hearth"]), crate::workspace::BUILD_LIMIT)?;
     let hearth = workspace.target.join("release/hearth");
     let mut server = Server::start(&hearth, &workspace.target.join("build-cache"))?;
-    let mut script = Command::new(&tools.python);
-    script
-        .arg(workspace.root.join("tests/bench.py"))
-        .arg("--data-dir")
-        .arg(server.data_dir())
-        .args(["--rounds", &rounds.to_string()])
-        .current_dir(workspace.root.join("tests"))
-        .env("HEARTH", &hearth)
-        .env("PYTHONDONTWRITEBYTECODE", "1");
-    let result = process::run("the measurements", &mut script, LIMIT);
+    let script = |name: &str| {
+        let mut script = Command::new(&tools.python);
+        script
+            .arg(workspace.root.join("tests").join(name))
+            .arg("--data-dir")
+            .arg(server.data_dir())
+            .current_dir(workspace.root.join("tests"))
+            .env("HEARTH", &hearth)
+            .env("PYTHONDONTWRITEBYTECODE", "1");
+        script
+    };
+    let result = process::run("the measurements", script("bench.py").args(["--rounds", &rounds.to_string()]), LIMIT)
+        .and_then(|()| process::run("the load", &mut script("load.py"), LIMIT));
     if result.is_err() {
         // What it wrote meanwhile is still in the pipe.
         let _ = server.pause(Duration::from_millis(200));

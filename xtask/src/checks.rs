@@ -116,6 +116,7 @@ fn system_tests(workspace: &Workspace, tools: &Tools, hearth: &Path, arguments: 
         .env("PYTHONUNBUFFERED", "1")
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .env("HEARTH", hearth)
+        .env("HEARTH_TEST_NODE", &tools.node)
         .env("HEARTH_TEST_BUILD_CACHE", workspace.target.join("build-cache"));
     let mut counts = Counts::default();
     let status = Process::start("pytest", &mut command, Output::Lines)?.finish(SYSTEM_LIMIT, |line| {

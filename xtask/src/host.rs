@@ -59,11 +59,33 @@ pub fn ensure() -> Result<()> {
 
 /// Installs the module that makes virtual environments for the distribution's Python.
 pub fn ensure_python_venv() -> Result<()> {
+    ensure_extra("no Python 3 here can make virtual environments", &["python3-venv"])
+}
+
+/// Installs Node.js and npm unless there are some already, from wherever.
+pub fn ensure_node() -> Result<()> {
+    let there = |program: &str| process::output(program, Command::new(program).arg("--version"), Duration::from_secs(30)).is_ok();
+    if there("node") && there("npm") {
+        return Ok(());
+    }
+    ensure_extra("the JavaScript SDK's tests need Node.js and npm", &["nodejs", "npm"])
+}
+
+/// Installs the load generator.
+pub fn ensure_wrk() -> Result<()> {
+    if std::path::Path::new("/usr/bin/wrk").exists() {
+        return Ok(());
+    }
+    ensure_extra("measuring requests per second needs wrk", &["wrk"])
+}
+
+fn ensure_extra(why: &str, packages: &[&str]) -> Result<()> {
     if !geteuid().is_root() {
-        bail!("no Python 3 here can make virtual environments, and installing python3-venv needs root");
+        bail!("{why}, and installing needs root: {}", packages.join(" "));
     }
     apt("updating the package lists", &["update"])?;
-    apt("installing packages", &["install", "--yes", "--no-install-recommends", "python3-venv"])
+    println!("installing {}", packages.join(" "));
+    apt("installing packages", &[&["install", "--yes", "--no-install-recommends"], packages].concat())
 }
 
 /// QEMU and qemu-img with versions. The two break each other's packages when their versions differ, and apt keeps a newer one of a

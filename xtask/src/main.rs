@@ -8,6 +8,7 @@ mod demo;
 mod host;
 mod kit;
 mod leftovers;
+mod node;
 mod process;
 mod python;
 mod server;

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{host, kit, process, python::Venv};
+use crate::{host, kit, node, process, python::Venv};
 
 /// Longest time that a build of the workspace may take; on a fresh machine it compiles every dependency.
 pub const BUILD_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -29,6 +29,8 @@ pub struct Tools {
     pub python: PathBuf,
     /// Directory that must be on the PATH for an `aws` that knows MicroVMs; of no effect if the one on the PATH does.
     pub aws_dir: PathBuf,
+    /// Directory whose `node_modules` has the JavaScript SDK.
+    pub node: PathBuf,
 }
 
 impl Workspace {
@@ -47,7 +49,8 @@ impl Workspace {
         kit::ensure(&self.target.join("kit")).context("making the guest kit")?;
         let venv = Venv::ensure(&self.target, &self.root.join("tests/requirements.txt"))?;
         let aws = PathBuf::from(venv.aws());
-        Ok(Tools { root: self.root.clone(), python: venv.python(), aws_dir: aws.parent().map(Path::to_owned).unwrap_or_default() })
+        let node = node::ensure(&self.target, &self.root.join("tests/conformance/javascript/package.json"))?;
+        Ok(Tools { root: self.root.clone(), python: venv.python(), aws_dir: aws.parent().map(Path::to_owned).unwrap_or_default(), node })
     }
 
     /// Builds the server and returns its path.

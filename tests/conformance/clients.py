@@ -1,0 +1,87 @@
+"""The suite's ways to the server beside stock clients: requests that no SDK would send, signed as one would, and the record of what was answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import urllib.parse
+
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+import support
+
+TIMEOUT = 10
+
+
+class Witness:
+    """Notes which operations were answered, and which refusals were seen, whatever test made the call."""
+
+    def __init__(self):
+        self.answered: set[str] = set()
+        self.refused: set[str] = set()
+
+    def note(self, parsed: dict, model, **_) -> None:
+        error = parsed.get("Error", {}).get("Code")
+        if error:
+            self.refused.add(error)
+        else:
+            self.answered.add(model.name)
+
+
+@dataclasses.dataclass
+class Reply:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def exception(self) -> str | None:
+        return self.headers.get("x-amzn-errortype")
+
+    @property
+    def message(self) -> str | None:
+        body = self.json()
+        return body.get("message", body.get("Message"))
+
+    def refusal(self) -> tuple[str | None, str | None, int]:
+        return self.exception, self.message, self.status
+
+
+class Raw:
+    """A connection to the server's API that is kept open, and requests over it."""
+
+    def __init__(self, server: support.Server):
+        connect = server.connect
+        self._server = server
+        self._credentials = Credentials(connect["accessKeyId"], connect["secretAccessKey"])
+        self._region = connect["region"]
+        self._url = connect["api"]
+        self._connection = http.client.HTTPConnection(self._url.removeprefix("http://"), timeout=TIMEOUT)
+
+    def __call__(self, method: str, path: str, body: dict | bytes | str = b"", *, signed_as: str | None = None) -> Reply:
+        """Sends a request with a raw path, query string included; `signed_as` is the path as a client writes it that escapes more."""
+        data = json.dumps(body) if isinstance(body, dict) else body
+        data = data.encode() if isinstance(data, str) else data
+        signed = AWSRequest(method, self._url + (signed_as or path), data=data, headers={"Content-Type": "application/json"})
+        SigV4Auth(self._credentials, "lambda", self._region).add_auth(signed)
+        try:
+            self._connection.request(method, path, body=data, headers=dict(signed.headers))
+            response = self._connection.getresponse()
+            return Reply(response.status, response.headers, response.read())
+        except (http.client.HTTPException, OSError):
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def quoted(label: str) -> str:
+    """A path label as SDKs write it."""
+    return urllib.parse.quote(label, safe="")

@@ -1,0 +1,87 @@
+"""COMPATIBILITY.md says what is the same as on AWS and what is not; here it is held to that: every row has its proof, every proof its row."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+
+import support
+
+from . import catalogue
+from .model import COMPATIBILITY, operations, server_operations
+
+VERDICTS = ("same", "different", "extension")
+
+
+@dataclasses.dataclass
+class Row:
+    id: str
+    operations: list[str]
+    behaviour: str
+    verdict: str
+
+
+def rows() -> list[Row]:
+    """Every table row whose first cell is an id in back quotes."""
+    found = []
+    for line in COMPATIBILITY.read_text().splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+        if re.fullmatch(r"`[a-z0-9.-]+`", cells[0]):
+            assert len(cells) == 4, f"a row has four cells: {line}"
+            found.append(Row(cells[0].strip("`"), [] if cells[1] == "all" else cells[1].split(", "), cells[2], cells[3]))
+    return found
+
+
+def claims() -> dict[str, set[str]]:
+    """Ids and the tests that claim them, as `pytest.mark.compat` says: read from the sources, so that a part of the suite can be run."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((support.ROOT / "tests").rglob("test_*.py")):
+        tree = ast.parse(path.read_text())
+        tests = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name.lower().startswith("test")]
+        for test in tests:
+            for decorator in test.decorator_list:
+                for call in ast.walk(decorator):
+                    if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.compat":
+                        for argument in call.args:
+                            found.setdefault(ast.literal_eval(argument), set()).add(f"{path.name}::{test.name}")
+    return found
+
+
+def test_no_row_is_there_twice():
+    ids = [row.id for row in rows()]
+    assert len(ids) == len(set(ids)) and ids
+
+
+def test_every_row_has_a_test():
+    assert not {row.id for row in rows()} - claims().keys(), "rows that no test proves"
+
+
+def test_every_claim_has_a_row():
+    known = {row.id for row in rows()}
+    assert not {id: tests for id, tests in claims().items() if id not in known}, "tests that claim a row that is not there"
+
+
+def test_every_row_says_how_it_compares_and_a_difference_says_why():
+    for row in rows():
+        verdict, _, why = row.verdict.partition(":")
+        assert verdict in VERDICTS, row
+        assert verdict != "different" or len(why.split()) >= 4, f"{row.id}: why?"
+
+
+def test_every_operation_has_a_row_and_no_other_is_named():
+    named = {operation for row in rows() for operation in row.operations}
+    assert named == set(operations())
+
+
+def test_every_message_of_the_catalogue_has_a_row():
+    assert not {f"message.{name}" for name in catalogue.CATALOGUE} - {row.id for row in rows()}
+
+
+def test_the_server_was_built_with_the_operations_of_the_published_model():
+    def essence(name: str) -> tuple:
+        http = operations()[name].http
+        return http["method"], http["requestUri"], int(http["responseCode"])
+
+    served = {name: (found["method"], found["uri"], found["status"]) for name, found in server_operations().items()}
+    assert served == {name: essence(name) for name in operations()}
