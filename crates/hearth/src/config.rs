@@ -11,6 +11,7 @@
 //!
 //! [network]
 //! nameservers = ["192.0.2.53"]
+//! slots = "10.201.0.0/16"
 //! ```
 
 use std::{
@@ -20,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use hearth_machine::network::Links;
 use serde::{Deserialize, Deserializer, de};
 
 use crate::credentials::Credentials;
@@ -76,6 +78,9 @@ pub struct ServeConfig {
 pub struct NetworkConfig {
     /// Resolvers for the guests. When there are none: the host's, those on its loopback left out.
     pub nameservers: Vec<Ipv4Addr>,
+    /// Range of addresses between the host and the MicroVMs' network slots, four for each; one that nothing else on the host's networks
+    /// uses. `10.201.0.0/16`.
+    pub slots: Links,
 }
 
 /// What is logged.
@@ -355,6 +360,7 @@ mod tests {
             secret_access_key = "s3cret"
             [network]
             nameservers = ["192.0.2.1"]
+            slots = "192.168.64.0/20"
             [log]
             level = "debug"
             format = "json"
@@ -366,6 +372,7 @@ mod tests {
         assert_eq!(config.engine, EngineChoice::Tcg);
         assert_eq!(config.credentials[0].access_key_id, "AKIAEXAMPLE");
         assert_eq!(config.network.nameservers, [Ipv4Addr::new(192, 0, 2, 1)]);
+        assert_eq!(config.network.slots.to_string(), "192.168.64.0/20");
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.wake_timeout(), Duration::from_secs(62));
     }
@@ -388,6 +395,7 @@ mod tests {
     #[test]
     fn a_value_of_another_kind_is_named_with_what_was_expected() {
         assert!(refusal("engine = \"xen\"").contains("expected one of `auto`, `kvm`, `tcg`"));
+        assert!(refusal("network.slots = \"10.0.0.0/16\"").contains("10.0.0.0/16 has addresses of the guests' own link"));
         assert!(refusal("api = \"8470\"").contains("an address and a port such as \"127.0.0.1:8470\""));
     }
 

@@ -15,7 +15,10 @@ use tokio::{
     sync::mpsc,
 };
 
-use crate::snapshot::{Platform, Snapshot, SnapshotError};
+use crate::{
+    network::Egress,
+    snapshot::{Platform, Snapshot, SnapshotError},
+};
 
 /// A virtual machine monitor.
 #[async_trait]
@@ -100,6 +103,8 @@ pub struct BootSpec {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// What the guest may reach.
+    pub egress: Egress,
     /// How long the guest may take until it waits for its application.
     pub timeout: Duration,
 }
@@ -116,6 +121,8 @@ pub struct LaunchSpec {
     pub snapshot: Arc<Snapshot>,
     /// From the snapshot, or from what the last suspend left in `dir`.
     pub source: LaunchSource,
+    /// What the guest may reach in this life.
+    pub egress: Egress,
     /// Counts launches and resumes of this machine, from 1.
     pub generation: u64,
 }

@@ -16,4 +16,5 @@ pub use engine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec, Machine,
     MachineEvent, SuspendError, Suspended,
 };
+pub use network::Egress;
 pub use snapshot::{Platform, Snapshot, SnapshotError, SnapshotManifest};

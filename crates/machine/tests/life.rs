@@ -11,7 +11,7 @@ use hearth_guest_protocol::{App, LogSource};
 use hearth_machine::{
     BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot,
     kit::Kit,
-    network::Slots,
+    network::{Egress, Links, Slots},
     qemu::{Accelerator, Qemu},
 };
 use tempfile::TempDir;
@@ -60,7 +60,7 @@ impl Bench {
         }
         let dir = tempfile::tempdir().unwrap();
         make_rootfs(&kit.base_image(), dir.path());
-        let slots = Slots::start(&format!("{name}-{}", std::process::id()), Vec::new(), 1).await.unwrap();
+        let slots = Slots::start(&format!("{name}-{}", std::process::id()), Links::default(), Vec::new(), 1).await.unwrap();
         let engine = Qemu::start(kit, Accelerator::Tcg, slots).await.unwrap();
         Some(Self { dir, engine })
     }
@@ -72,13 +72,21 @@ impl Bench {
             rootfs: self.dir.path().join("rootfs.img"),
             vcpus: 1,
             memory_mib: 512,
+            egress: Egress::Internet,
             timeout: PATIENCE,
         };
         self.engine.boot(spec).await.unwrap()
     }
 
     fn spec(&self, id: &str, snapshot: &Arc<Snapshot>, source: LaunchSource, generation: u64) -> LaunchSpec {
-        LaunchSpec { id: id.to_owned(), dir: self.dir.path().join(id), snapshot: snapshot.clone(), source, generation }
+        LaunchSpec {
+            id: id.to_owned(),
+            dir: self.dir.path().join(id),
+            snapshot: snapshot.clone(),
+            source,
+            egress: Egress::Internet,
+            generation,
+        }
     }
 
     async fn clone_of(&self, id: &str, snapshot: &Arc<Snapshot>) -> Box<dyn Machine> {

@@ -9,7 +9,7 @@ use std::{
 
 use hearth_build::{BuildRequest, Built, ImageConfig};
 use hearth_guest_protocol::App;
-use hearth_machine::{BootError, BootSpec, CaptureError, GuestError, Machine, MachineEvent, Snapshot};
+use hearth_machine::{BootError, BootSpec, CaptureError, Egress, GuestError, Machine, MachineEvent, Snapshot};
 use hearth_objects::ObjectUri;
 use tokio::{
     sync::mpsc,
@@ -174,6 +174,7 @@ impl Pipeline {
                 rootfs,
                 vcpus: Shape::of(spec.memory_mib).map_or(1, |shape| shape.vcpus),
                 memory_mib: spec.memory_mib,
+                egress: Egress::default(),
                 timeout: self.shared.settings.boot_timeout,
             })
             .await;

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_machine::{Dial, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, SnapshotError};
+use hearth_machine::{Dial, Egress, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, SnapshotError};
 use hearth_store::StoreError;
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -278,7 +278,7 @@ impl Driver {
             let launched = async {
                 let snapshot = shared.snapshots.get(&image_id, number).await?;
                 let dir = dir.clone();
-                shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, generation }).await
+                shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, egress: Egress::default(), generation }).await
             };
             let error = match launched.await {
                 Ok(machine) => return Outcome::Launched(Ok(machine)),

@@ -251,7 +251,7 @@ async fn builder(config: &ServeConfig, dir: &DataDir, kit: &Kit) -> anyhow::Resu
 }
 
 async fn engine(config: &ServeConfig, dir: &DataDir, kit: Kit, accelerator: Accelerator) -> anyhow::Result<Arc<dyn Engine>> {
-    let slots = Slots::start(&instance(dir.path()), config.network.nameservers.clone(), SLOTS_AHEAD).await?;
+    let slots = Slots::start(&instance(dir.path()), config.network.slots, config.network.nameservers.clone(), SLOTS_AHEAD).await?;
     Ok(Arc::new(Qemu::start(kit, accelerator, slots).await?))
 }
 

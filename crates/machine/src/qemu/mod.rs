@@ -45,7 +45,7 @@ use crate::{
     engine::{BootError, BootSpec, CaptureError, Engine, LaunchError, LaunchSource, LaunchSpec, Machine, SuspendError},
     kit::Kit,
     memory::{self, Mapping},
-    network::{Slot, Slots},
+    network::{Egress, Slot, Slots},
     session::{Identity, Session},
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, Platform, ROOTFS, Snapshot, SnapshotError},
 };
@@ -157,7 +157,7 @@ impl Qemu {
 
     /// Starts a process and waits until its monitor answers.
     async fn start_process(&self, start: Start<'_>) -> Result<Started, Failure> {
-        let slot = self.slots.take().await.map_err(|error| Failure::host("taking a network slot", io::Error::other(error)))?;
+        let slot = self.slots.take(start.egress).await.map_err(|error| Failure::host("taking a network slot", io::Error::other(error)))?;
         let uid = FIRST_UID + slot.index;
         let mut descriptors = Descriptors::default();
         let mut open = |path: &Path, write: bool| -> Result<String, Failure> {
@@ -235,10 +235,6 @@ impl Qemu {
             Accelerator::Tcg => own,
         }
     }
-
-    fn identity(&self, id: &str, generation: u64) -> Identity {
-        Identity { vm_id: id.to_owned(), generation, network: Some(self.slots.guest_network()) }
-    }
 }
 
 /// The disk that this machine writes to.
@@ -255,6 +251,7 @@ struct Start<'a> {
     vcpus: u8,
     memory_mib: u32,
     memory: &'a File,
+    egress: &'a Egress,
     layers: Vec<PathBuf>,
     /// Device state to load.
     load: Option<File>,
@@ -272,6 +269,10 @@ struct Started {
     state_path: String,
     /// Number of the descriptor with the device state to load.
     load: Option<i32>,
+}
+
+fn identity(id: &str, generation: u64, slot: &Slot) -> Identity {
+    Identity { vm_id: id.to_owned(), generation, network: Some(slot.network()) }
 }
 
 #[async_trait]
@@ -296,14 +297,16 @@ impl Engine for Qemu {
                 vcpus: spec.vcpus,
                 memory_mib: spec.memory_mib,
                 memory: &memory,
+                egress: &spec.egress,
                 layers: vec![spec.rootfs.clone()],
                 load: None,
                 console: true,
             })
             .await?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
+        let identity = identity(&spec.id, 0, &started.slot);
         let session = tokio::select! {
-            session = Session::open(started.channel, BOOT_MARKER, self.identity(&spec.id, 0), spec.timeout, events.clone()) => session,
+            session = Session::open(started.channel, BOOT_MARKER, identity, spec.timeout, events.clone()) => session,
             reason = started.process.exit_watch() => return Err(BootError::Monitor(with_console(&reason, &spec.dir))),
         };
         let session = session.inspect_err(|error| {
@@ -349,6 +352,7 @@ impl Engine for Qemu {
                 vcpus: snapshot.manifest.vcpus,
                 memory_mib: snapshot.manifest.memory_mib,
                 memory: &image,
+                egress: &spec.egress,
                 layers: vec![snapshot.file(BOOT_OVERLAY), snapshot.file(ROOTFS)],
                 load: Some(load),
                 console: false,
@@ -378,8 +382,9 @@ impl Engine for Qemu {
         discarded.map_err(Failure::of("removing the suspended state in", &spec.dir))?;
         started.qmp.cont().await.map_err(Failure::monitor)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
+        let identity = identity(&spec.id, spec.generation, &started.slot);
         let session = tokio::select! {
-            session = Session::open(started.channel, marker, self.identity(&spec.id, spec.generation), READY, events.clone()) => session?,
+            session = Session::open(started.channel, marker, identity, READY, events.clone()) => session?,
             reason = started.process.exit_watch() => return Err(LaunchError::Monitor(reason.to_string())),
         };
         let parts = Parts {

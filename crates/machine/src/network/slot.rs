@@ -1,0 +1,172 @@
+//! One slot: how it is made, and how a policy is put in force in it.
+
+use std::{
+    fs::{self, File},
+    io,
+    net::{Ipv4Addr, TcpListener, UdpSocket},
+    os::fd::{AsRawFd, OwnedFd},
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use hearth_guest_protocol::Network;
+use nix::sched::{CloneFlags, unshare};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    Egress, EgressPolicy, GATEWAY, GATEWAY_MAC, GUEST, Links, NetworkError,
+    doors::Doors,
+    host::Nameservers,
+    io_error,
+    resolver::{self, Resolver, upstream::Upstream},
+    rules,
+    tools::{in_namespace, inside, nft, on_thread, run},
+};
+
+const DNS: u16 = 53;
+
+/// What all slots of a host have in common.
+#[derive(Debug)]
+pub struct Surroundings {
+    pub links: Links,
+    pub nameservers: Nameservers,
+    pub mtu: u16,
+}
+
+/// One slot. Dropping it removes everything that belongs to it.
+#[derive(Debug)]
+pub struct Slot {
+    tap: OwnedFd,
+    /// Keeps the namespace.
+    namespace: Arc<OwnedFd>,
+    nameservers: Vec<Ipv4Addr>,
+    mtu: u16,
+    _resolver: Option<AbortOnDropHandle<()>>,
+    /// Number of the host's end, unique on the host while the slot lives.
+    pub index: u32,
+}
+
+impl Slot {
+    /// Makes a slot. It lets out whatever the host routes until it is restricted.
+    pub(super) async fn make(links: Links) -> Result<Self, NetworkError> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (namespace, tap) = make_namespace().await?;
+        for _ in 0..links.count() {
+            let index = NEXT.fetch_add(1, Ordering::Relaxed) % links.count();
+            match connect(&namespace, links, index).await {
+                Ok(()) => {
+                    nft(&namespace, &rules::slot(links.network())).await?;
+                    return Ok(Self { tap, namespace: Arc::new(namespace), nameservers: Vec::new(), mtu: 0, _resolver: None, index });
+                }
+                // The name of the host's end is the lock on the index: another server on this host has it.
+                Err(NetworkError::Program { message, .. }) if message.contains("File exists") => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(NetworkError::Exhausted(links))
+    }
+
+    /// Puts a policy in force. No guest may have had the slot yet.
+    pub(super) async fn restrict(mut self, egress: &Egress, around: &Surroundings) -> Result<Self, NetworkError> {
+        self.mtu = around.mtu;
+        self.nameservers.clone_from(&around.nameservers.for_guests);
+        match egress {
+            Egress::Internet => {}
+            Egress::None => {
+                self.nameservers.clear();
+                nft(&self.namespace, rules::nothing()).await?;
+            }
+            Egress::Policy(policy) if policy.answers_names() => {
+                let rules = rules::policy(policy) + &rules::resolver(&self.nameservers);
+                self.nameservers = vec![GATEWAY];
+                nft(&self.namespace, &rules).await?;
+                self.start_resolver(policy, around).await?;
+            }
+            Egress::Policy(policy) => nft(&self.namespace, &rules::policy(policy)).await?,
+        }
+        Ok(self)
+    }
+
+    async fn start_resolver(&mut self, policy: &EgressPolicy, around: &Surroundings) -> Result<(), NetworkError> {
+        let what = "opening the slot's resolver";
+        let bind = || {
+            let sockets = (UdpSocket::bind((GATEWAY, DNS))?, TcpListener::bind((GATEWAY, DNS))?);
+            sockets.0.set_nonblocking(true)?;
+            sockets.1.set_nonblocking(true)?;
+            Ok(sockets)
+        };
+        let (udp, tcp) = in_namespace(&self.namespace, what, bind).await?;
+        let udp = tokio::net::UdpSocket::from_std(udp).map_err(io_error(what))?;
+        let tcp = tokio::net::TcpListener::from_std(tcp).map_err(io_error(what))?;
+        let doors = Doors::new(self.namespace.clone(), policy.doors().len());
+        let servers = around.nameservers.for_host.iter().map(|server| (*server, DNS).into()).collect();
+        let resolver = Resolver { policy: policy.clone(), doors, upstream: Upstream::new(servers) };
+        self._resolver = Some(AbortOnDropHandle::new(tokio::spawn(resolver::serve(udp, tcp, resolver))));
+        Ok(())
+    }
+
+    /// The slot's network namespace.
+    #[cfg(test)]
+    pub(super) fn namespace(&self) -> &Arc<OwnedFd> {
+        &self.namespace
+    }
+
+    /// The tap device, for a machine's monitor.
+    pub fn tap(&self) -> io::Result<OwnedFd> {
+        self.tap.try_clone()
+    }
+
+    /// What the guest must know of its network.
+    pub fn network(&self) -> Network {
+        Network { address: GUEST, prefix: 24, gateway: GATEWAY, nameservers: self.nameservers.clone(), mtu: self.mtu }
+    }
+}
+
+/// Makes a network namespace with a tap device in it.
+async fn make_namespace() -> Result<(OwnedFd, OwnedFd), NetworkError> {
+    on_thread("making a network namespace", || {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from).map_err(io_error("making a network namespace"))?;
+        let namespace = File::open("/proc/thread-self/ns/net").map_err(io_error("opening a network namespace"))?;
+        fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(io_error("enabling IPv4 forwarding in a network namespace"))?;
+        Ok((OwnedFd::from(namespace), open_tap().map_err(io_error("making a tap device"))?))
+    })
+    .await
+}
+
+fn open_tap() -> io::Result<OwnedFd> {
+    nix::ioctl_write_int!(tun_set_iff, b'T', 202);
+    let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
+    // SAFETY: an all-zero ifreq is a valid value of that plain C structure.
+    let mut request: nix::libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"tap0") {
+        *to = from.cast_signed();
+    }
+    let flags = nix::libc::IFF_TAP | nix::libc::IFF_NO_PI | nix::libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = i16::try_from(flags).expect("the flags of tun.h fit in 16 bits");
+    // SAFETY: TUNSETIFF reads and writes the ifreq that it is given the address of, which outlives the call.
+    unsafe { tun_set_iff(tun.as_raw_fd(), (&raw mut request) as nix::libc::c_ulong) }?;
+    Ok(tun.into())
+}
+
+/// Joins the slot to the host by a veth and configures both ends.
+async fn connect(namespace: &OwnedFd, links: Links, index: u32) -> Result<(), NetworkError> {
+    let (host, slot) = links.ends(index);
+    let pid = std::process::id();
+    let inner = format!(
+        "link add up0 type veth peer name hth{index} netns {pid}
+link set lo up
+link set tap0 address {GATEWAY_MAC}
+addr add {GATEWAY}/24 dev tap0
+link set tap0 up
+addr add {slot}/30 dev up0
+link set up0 up
+route add default via {host}
+"
+    );
+    run(inside(namespace, Command::new("ip").args(["-batch", "-"])), "ip", &inner).await?;
+    let outer = format!("addr add {host}/30 dev hth{index}\nlink set hth{index} up\n");
+    run(Command::new("ip").args(["-batch", "-"]), "ip", &outer).await
+}
