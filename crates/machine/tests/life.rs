@@ -11,7 +11,7 @@ use hearth_guest_protocol::{App, LogSource};
 use hearth_machine::{
     BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot,
     kit::Kit,
-    network::{Egress, Links, Slots},
+    network::{Egress, EgressPolicy, Links, Slots},
     qemu::{Accelerator, Qemu},
 };
 use tempfile::TempDir;
@@ -34,6 +34,19 @@ while ($c = $s->accept) {
     open(F, "+<", "/count") or open(F, "+>", "/count"); $d = <F> + 1; seek(F, 0, 0); print F $d; close F;
     open(R, "<", "/dev/urandom"); read(R, $r, 8); close R;
     print $c "$n $d ", unpack("H*", $r), " ", time, "\n"; close $c;
+}
+"#;
+
+/// Says what its resolvers are, what becomes of a name and what of a connection.
+const EXPLORER: &str = r#"
+use IO::Socket;
+$s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 5000, Listen => 5, ReuseAddr => 1) or die "listen: $!";
+while ($c = $s->accept) {
+    <$c>;
+    open(R, "<", "/etc/resolv.conf"); @lines = <R>; close R; chomp @lines;
+    $name = gethostbyname("www.example.com") ? "found" : "unknown";
+    $t = IO::Socket::INET->new(PeerAddr => "198.51.100.10", PeerPort => 80, Timeout => 20); $said = $t ? "connected" : "$!";
+    print $c join(",", @lines), "; $name; $said"; close $c;
 }
 "#;
 
@@ -214,6 +227,36 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
 
     let spec = bench.spec("one", &snapshot, LaunchSource::Suspended, 9);
     assert!(matches!(bench.engine.launch(spec).await, Err(LaunchError::Snapshot(_))), "a suspended state is used once");
+    bench.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clone_has_the_egress_of_its_launch_and_not_of_its_snapshot() {
+    let Some(bench) = Bench::new("reach").await else { return };
+    let mut machine = bench.boot("image").await;
+    let mut events = machine.take_events().unwrap();
+    machine.start_app(app(&["perl", "-e", EXPLORER])).await.unwrap();
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the app listens"), Some(MachineEvent::Listening(5000))) {}
+    let snapshot = Arc::new(machine.capture(bench.dir.path().join("snapshot")).await.unwrap());
+    let policy = EgressPolicy::parse("example.org", "").unwrap();
+    for (egress, expected) in
+        [(Egress::None, "; unknown; Connection refused"), (Egress::Policy(policy), "nameserver 10.0.2.2; unknown; Connection refused")]
+    {
+        let mut spec = bench.spec("explorer", &snapshot, LaunchSource::Snapshot, 1);
+        spec.egress = egress;
+        let machine = bench.engine.launch(spec).await.unwrap();
+        let explore = async {
+            let mut stream = machine.dialer().dial(5000).await.unwrap();
+            stream.write_all(b"go\n").await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        let begun = Instant::now();
+        assert_eq!(timeout(PATIENCE, explore).await.expect("the app answers"), expected);
+        assert!(begun.elapsed() < Duration::from_secs(5), "refusals are answers, not silence");
+        machine.kill().await;
+    }
     bench.end().await;
 }
 

@@ -41,16 +41,18 @@ impl Doors {
         Self { namespace, open: Mutex::new(vec![HashMap::new(); count]) }
     }
 
-    /// Opens doors, by their numbers, to addresses. They are open at least that long when this returns.
+    /// Opens doors, by their numbers, to addresses. When this returns they are open for that time at least, and for twice as long at most: so
+    /// an address that is resolved again and again is renewed only now and then.
     pub async fn open(&self, doors: &[usize], addresses: &[Ipv4Addr], time: Duration) -> Result<(), DoorError> {
         let mut open = self.open.lock().await;
         let now = Instant::now();
-        let until = now + time;
+        let (least, until) = (now + time, now + 2 * time);
         let mut orders = String::new();
+        let mut renewed = Vec::new();
         for &number in doors {
             let door = &mut open[number];
             door.retain(|_, end| *end > now);
-            let due: Vec<_> = addresses.iter().filter(|address| door.get(address).is_none_or(|end| *end < until)).collect();
+            let due: Vec<_> = addresses.iter().filter(|address| door.get(address).is_none_or(|end| *end < least)).collect();
             let fresh = due.iter().filter(|address| !door.contains_key(address)).count();
             if door.len() + fresh > MOST_OPEN {
                 return Err(DoorError::Full);
@@ -59,21 +61,19 @@ impl Doors {
                 continue;
             }
             let list = |suffix: &str| due.iter().map(|address| format!("{address}{suffix}")).collect::<Vec<_>>().join(", ");
-            let (name, timed) = (door_name(number), list(&format!(" timeout {}ms", time.as_millis())));
+            let (name, timed) = (door_name(number), list(&format!(" timeout {}ms", 2 * time.as_millis())));
             // To add what is there leaves its end as it was, and to remove what is not there fails; this renews either.
             let _ = writeln!(orders, "add element ip slot {name} {{ {timed} }}");
             let _ = writeln!(orders, "delete element ip slot {name} {{ {} }}", list(""));
             let _ = writeln!(orders, "add element ip slot {name} {{ {timed} }}");
+            renewed.extend(due.into_iter().map(|address| (number, *address)));
         }
         if orders.is_empty() {
             return Ok(());
         }
         nft(&self.namespace, &orders).await?;
-        for &number in doors {
-            for address in addresses {
-                let end = open[number].entry(*address).or_insert(until);
-                *end = until.max(*end);
-            }
+        for (number, address) in renewed {
+            open[number].insert(address, until);
         }
         Ok(())
     }
@@ -105,12 +105,12 @@ mod tests {
         let policy = EgressPolicy::parse("example.com", "").unwrap();
         nft(slot.namespace(), &rules::policy(&policy)).await.unwrap();
         let doors = Doors::new(slot.namespace().clone(), 1);
-        let short = Duration::from_millis(1500);
+        let short = Duration::from_millis(750);
         doors.open(&[0], &[FIRST, SECOND], short).await.unwrap();
         doors.open(&[0], &[SECOND], Duration::from_secs(60)).await.unwrap();
         let before = listed(slot.namespace());
-        assert!(before.contains("192.0.2.1 ") && before.contains("192.0.2.2 timeout 1m"), "{before}");
-        tokio::time::sleep(short).await;
+        assert!(before.contains("192.0.2.1 ") && before.contains("192.0.2.2 timeout 2m"), "{before}");
+        tokio::time::sleep(2 * short).await;
         let after = listed(slot.namespace());
         assert!(!after.contains("192.0.2.1 ") && after.contains("192.0.2.2 "), "{after}");
         doors.open(&[0], &[FIRST], short).await.unwrap();

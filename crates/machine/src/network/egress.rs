@@ -387,6 +387,8 @@ impl From<EgressRule> for String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{prop_assert_eq, proptest};
+
     use super::*;
 
     fn rule(text: &str) -> EgressRule {
@@ -410,6 +412,15 @@ mod tests {
         ] {
             assert_eq!(rule(text).to_string(), canonical, "{text}");
             assert_eq!(rule(canonical), rule(text));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_read_is_written_so_that_it_is_read_the_same(text in "[*.a-z0-9_-]{0,12}(/[0-9]{1,2})?(:[0-9,*-]{1,12}(/(tcp|udp))?)?|\\PC*") {
+            if let Ok(read) = text.parse::<EgressRule>() {
+                prop_assert_eq!(read.to_string().parse::<EgressRule>(), Ok(read));
+            }
         }
     }
 

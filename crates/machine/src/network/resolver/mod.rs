@@ -53,7 +53,7 @@ pub async fn serve(udp: UdpSocket, tcp: TcpListener, resolver: Resolver) {
     let (mut questions, mut connections) = (JoinSet::new(), JoinSet::new());
     let mut buffer = [0; LARGEST_QUESTION];
     loop {
-        let failed = tokio::select! {
+        let error = tokio::select! {
             received = udp.recv_from(&mut buffer), if questions.len() < MOST_QUESTIONS => match received {
                 Ok((length, guest)) => {
                     let question = buffer[..length].to_vec();
@@ -76,7 +76,7 @@ pub async fn serve(udp: UdpSocket, tcp: TcpListener, resolver: Resolver) {
             Some(_) = questions.join_next() => None,
             Some(_) = connections.join_next() => None,
         };
-        if let Some(error) = failed {
+        if let Some(error) = error {
             tracing::warn!(%error, "a slot's resolver cannot receive");
             sleep(PAUSE).await;
         }
