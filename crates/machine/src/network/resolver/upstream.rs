@@ -117,3 +117,95 @@ fn read(request: &Message, bytes: &[u8]) -> Option<Message> {
         && asked.name.to_lowercase() == answered.name.to_lowercase();
     same.then_some(response)
 }
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::{
+        op::OpCode,
+        rr::{Name, RData, Record, RecordType, rdata::A},
+    };
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn query() -> Query {
+        Query::query(Name::from_ascii("www.example.com.").unwrap(), RecordType::A)
+    }
+
+    /// An answer with an address whose last byte tells where it came from.
+    fn answer(request: &[u8], last: u8) -> Message {
+        let request = Message::from_vec(request).unwrap();
+        let mut response = Message::response(request.metadata.id, OpCode::Query);
+        let name = request.queries[0].name.clone();
+        response.add_query(request.queries[0].clone());
+        response.add_answer(Record::from_rdata(name, 60, RData::A(A(Ipv4Addr::new(192, 0, 2, last)))));
+        response
+    }
+
+    /// A resolver that answers a question with these datagrams.
+    async fn server(datagrams: fn(&[u8]) -> Vec<Message>) -> SocketAddr {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        tokio::spawn(async move {
+            let mut buffer = [0; 2048];
+            while let Ok((length, peer)) = socket.recv_from(&mut buffer).await {
+                for message in datagrams(&buffer[..length]) {
+                    socket.send_to(&message.to_vec().unwrap(), peer).await.unwrap();
+                }
+            }
+        });
+        address
+    }
+
+    async fn ask(servers: Vec<SocketAddr>) -> u8 {
+        let response = Upstream::new(servers).ask(&query()).await.unwrap();
+        match &response.answers[0].data {
+            RData::A(address) => address.0.octets()[3],
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_answers_another_question_is_passed_over() {
+        let forging = server(|request| {
+            let mut other_id = answer(request, 1);
+            other_id.metadata.id ^= 1;
+            let mut other_name = answer(request, 2);
+            other_name.queries[0].name = Name::from_ascii("www.example.org.").unwrap();
+            let mut no_answer = answer(request, 3);
+            no_answer.metadata.message_type = MessageType::Query;
+            vec![other_id, other_name, no_answer, answer(request, 4)]
+        });
+        assert_eq!(ask(vec![forging.await]).await, 4);
+    }
+
+    #[tokio::test]
+    async fn the_next_resolver_is_asked_when_one_fails_or_is_not_there() {
+        let failing = server(|request| {
+            let mut failure = answer(request, 1);
+            failure.metadata.response_code = ResponseCode::ServFail;
+            vec![failure]
+        });
+        let working = server(|request| vec![answer(request, 2)]);
+        let nobody = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        assert_eq!(ask(vec![nobody, failing.await, working.await]).await, 2);
+        let error = Upstream::new(vec![nobody]).ask(&query()).await.unwrap_err();
+        assert!(error.to_string().contains(&nobody.to_string()), "{error}");
+        assert!(matches!(Upstream::new(Vec::new()).ask(&query()).await, Err(AskError::NoServer)));
+    }
+
+    #[tokio::test]
+    async fn a_cut_answer_is_asked_for_again_by_tcp() {
+        let address = server(|request| vec![answer(request, 1).truncate()]).await;
+        let listener = TcpListener::bind(address).await.unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = vec![0; usize::from(stream.read_u16().await.unwrap())];
+            stream.read_exact(&mut request).await.unwrap();
+            let bytes = answer(&request, 2).to_vec().unwrap();
+            stream.write_u16(u16::try_from(bytes.len()).unwrap()).await.unwrap();
+            stream.write_all(&bytes).await.unwrap();
+        });
+        assert_eq!(ask(vec![address]).await, 2);
+    }
+}
