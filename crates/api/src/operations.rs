@@ -123,6 +123,7 @@ async fn run_microvm(plane: &dyn ControlPlane, caller: &Caller, input: RunInput)
         ingress_network_connectors: or_managed(caller, input.ingress_network_connectors, "HTTP_INGRESS"),
         egress_network_connectors: input.egress_network_connectors,
         run_hook_payload: input.run_hook_payload,
+        logging: input.logging.filter(|logging| !logging.is_null()),
         client_token: input.client_token,
     };
     write(MicrovmDetail::from(plane.run_microvm(caller, request).await?))

@@ -119,6 +119,7 @@ impl Control {
         let image_handles = recovery::recover(&images, &microvms, &registry).await?;
         let sweeper = sweep::run(Arc::clone(&microvms), Arc::clone(&registry), settings.terminated_retention);
         tasks.spawn(stop.clone().run_until_cancelled_owned(sweeper));
+        tasks.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&logs).keep()));
         let inner = Inner {
             store,
             keyring,

@@ -247,6 +247,7 @@ impl Inner {
             ingress_network_connectors: ingress.unwrap_or_else(|| vec![managed_connector(&caller.region, "HTTP_INGRESS")]),
             egress_network_connectors: egress.unwrap_or(spec.egress_network_connectors),
             run_hook_payload: request.run_hook_payload,
+            logging: request.logging,
         };
         let new = NewMicrovm {
             scope: scope(caller),
@@ -287,6 +288,7 @@ impl Inner {
             image_name: image.name,
             number,
             vm: vm.clone(),
+            logging: spec.logging,
             generation: 1,
             suspended_at: None,
             suspended_by: None,
@@ -434,6 +436,7 @@ fn run_fingerprint(request: &RunMicrovm) -> String {
         ingress_network_connectors,
         egress_network_connectors,
         run_hook_payload,
+        logging,
         client_token: _,
     } = request;
     fingerprint(&serde_json::json!([
@@ -444,7 +447,8 @@ fn run_fingerprint(request: &RunMicrovm) -> String {
         maximum_duration_seconds,
         ingress_network_connectors,
         egress_network_connectors,
-        run_hook_payload
+        run_hook_payload,
+        logging
     ]))
 }
 

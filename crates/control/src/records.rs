@@ -39,6 +39,9 @@ pub(crate) struct MicrovmSpec {
     pub ingress_network_connectors: Vec<String>,
     pub egress_network_connectors: Vec<String>,
     pub run_hook_payload: Option<String>,
+    /// The union `logging` as it was sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logging: Option<serde_json::Value>,
 }
 
 /// A state in the service's words.
@@ -147,6 +150,7 @@ pub(crate) fn microvm(row: MicrovmRow) -> Result<Record, Unreadable> {
             egress_network_connectors: spec.egress_network_connectors,
             id: row.id.clone(),
         },
+        logging: spec.logging,
         generation: u64::try_from(row.generation).unwrap_or(1),
         suspended_at: row.suspended_ms.map(time),
         suspended_by: row.suspended_by.map(|by| state("suspended_by", &row.id, &by)).transpose()?,

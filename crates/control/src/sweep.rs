@@ -1,4 +1,5 @@
-//! Removes the records and logs of MicroVMs that have been terminated for long enough.
+//! Removes the records of MicroVMs that have been terminated for long enough, and the operator's copies of their logs. What the API shows of
+//! those stays until its time has come, as on AWS.
 
 use std::{
     sync::Arc,
@@ -57,7 +58,7 @@ async fn sweep(shared: &Shared, registry: &Registry, retention: Duration) -> Res
 }
 
 async fn remove_log(shared: &Shared, row: &MicrovmRow) {
-    let group = LogGroup::of_image(&row.account, &row.region, &row.image_name);
+    let group = LogGroup::of_image(&row.account, &row.region, &row.image_name).private();
     let stream = stream_name(time(row.started_ms), &version_name(row.number), &row.id);
     if let Err(error) = shared.logs.delete_stream(&group, &stream).await {
         tracing::warn!(id = row.id, %error, "the log of a removed MicroVM is left");

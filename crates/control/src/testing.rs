@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Control, Deps, Settings,
     arn::managed_image,
-    logs::LogStore,
+    logs::{LogStore, Retention},
     plane::{Admission, ConnectError, ControlPlane, DataPlane},
     token::Keyring,
     types::{Caller, CreateImage, IdlePolicy, Image, ImageSpec, ImageState, Microvm, MicrovmState, PageRequest, PortSpec, RunMicrovm},
@@ -392,6 +392,7 @@ pub fn run(name: &str, idle_policy: Option<IdlePolicy>) -> RunMicrovm {
         ingress_network_connectors: Vec::new(),
         egress_network_connectors: Vec::new(),
         run_hook_payload: None,
+        logging: None,
         client_token: None,
     }
 }
@@ -529,7 +530,7 @@ fn settings(dir: &Path) -> Settings {
 }
 
 async fn start(dir: &Path, engine: &Arc<FakeEngine>, builder: &Arc<FakeBuilder>, settings: Settings) -> (Arc<LogStore>, Arc<Control>) {
-    let logs = LogStore::new(dir.join("logs"), LogStore::DEFAULT_STREAM_LIMIT);
+    let logs = LogStore::new(dir.join("logs"), Retention::default());
     let control = Control::start(Deps {
         store: Store::open(&dir.join("hearth.db")).await.unwrap(),
         engine: Arc::new(EngineHandle(Arc::clone(engine))),

@@ -197,6 +197,8 @@ pub struct RunMicrovm {
     pub egress_network_connectors: Vec<String>,
     /// Passed to the run hook.
     pub run_hook_payload: Option<String>,
+    /// The union `logging` as it was sent.
+    pub logging: Option<serde_json::Value>,
     /// Idempotency token.
     pub client_token: Option<String>,
 }

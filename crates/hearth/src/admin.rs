@@ -21,7 +21,7 @@ use futures::StreamExt;
 use hearth_control::{
     ControlError,
     arn::ImageArn,
-    logs::{BUILD_VERSION, LogGroup, LogLine, LogStore, stream_name},
+    logs::{LogGroup, LogLine, LogStore, build_streams, stream_name},
     plane::ControlPlane,
     types::{Build, Caller, Image, ImageState, Microvm, MicrovmState, PageRequest},
 };
@@ -187,10 +187,10 @@ enum Source {
     Image(String),
 }
 
-/// A stream of the log store, and whether more can come.
+/// Streams of the log store, in the order in which they are written, and whether more can come.
 struct Position {
     group: LogGroup,
-    stream: String,
+    streams: Vec<String>,
     over: bool,
 }
 
@@ -254,13 +254,18 @@ impl Admin {
                 let microvm: Microvm = self.plane.get_microvm(&self.caller, id).await?;
                 let name = ImageArn::parse(&microvm.image_arn)?.name;
                 let stream = stream_name(microvm.started_at, &microvm.version, &microvm.id);
-                Ok(Position { group: self.group(&name), stream, over: microvm.state == MicrovmState::Terminated })
+                let group = self.logs.own_copy(&self.group(&name), &stream).await;
+                Ok(Position { group, streams: vec![stream], over: microvm.state == MicrovmState::Terminated })
             }
             Source::Image(arn) => {
                 let image: Image = self.plane.get_image(&self.caller, arn).await?;
                 let build = self.latest_build(arn).await?;
-                let stream = build.map_or_else(String::new, |build| stream_name(build.created_at, BUILD_VERSION, &build.id));
-                Ok(Position { group: self.group(&image.name), stream, over: is_settled(image.state) })
+                let Some(build) = build else {
+                    return Ok(Position { group: self.group(&image.name), streams: Vec::new(), over: is_settled(image.state) });
+                };
+                let streams = build_streams(build.created_at, &build.version, &build.id);
+                let group = self.logs.own_copy(&self.group(&image.name), &streams[0]).await;
+                Ok(Position { group, streams: streams.into(), over: is_settled(image.state) })
             }
         }
     }
@@ -271,19 +276,22 @@ impl Admin {
 
     /// Copies what a log holds.
     async fn copy_kept(&self, position: &Position, lines: &mpsc::Sender<LogLine>) -> io::Result<()> {
-        let mut from = 0;
-        loop {
-            let chunk = self.logs.read(&position.group, &position.stream, from).await?;
-            if chunk.lines.is_empty() {
-                return Ok(());
-            }
-            from = chunk.next;
-            for line in chunk.lines {
-                if lines.send(line).await.is_err() {
-                    return Ok(());
+        for stream in &position.streams {
+            let mut from = 0;
+            loop {
+                let chunk = self.logs.read(&position.group, stream, from).await?;
+                if chunk.lines.is_empty() {
+                    break;
+                }
+                from = chunk.next;
+                for line in chunk.lines {
+                    if lines.send(line).await.is_err() {
+                        return Ok(());
+                    }
                 }
             }
         }
+        Ok(())
     }
 
     /// Copies a log until its end, or until nobody reads any more. The log of a MicroVM that sleeps, and of a build that has yet to begin, goes
@@ -295,7 +303,10 @@ impl Admin {
             changes.mark_unchanged();
             // Whether more can come must be known from before the last look at the log.
             let position = self.position(source).await?;
-            let mut log = self.logs.follow(&position.group, &position.stream, 0).skip(copied);
+            let logs = Arc::clone(&self.logs);
+            let group = position.group.clone();
+            let all = futures::stream::iter(position.streams.clone()).flat_map(move |stream| logs.follow(&group, &stream, 0));
+            let mut log = all.skip(copied);
             loop {
                 tokio::select! {
                     line = log.next() => match line {

@@ -11,6 +11,9 @@
 //!
 //! [network]
 //! nameservers = ["192.0.2.53"]
+//!
+//! [logs]
+//! retention_days = 14
 //! slots = "10.201.0.0/16"
 //! ```
 
@@ -68,6 +71,8 @@ pub struct ServeConfig {
     pub terminated_retention_seconds: u32,
     /// The MicroVMs' networks.
     pub network: NetworkConfig,
+    /// What is kept of the logs of builds and MicroVMs.
+    pub logs: LogsConfig,
     /// What is logged, on standard error.
     pub log: LogConfig,
 }
@@ -81,6 +86,16 @@ pub struct NetworkConfig {
     /// Range of addresses between the host and the MicroVMs' network slots, four for each; one that nothing else on the host's networks
     /// uses. `10.201.0.0/16`.
     pub slots: Links,
+}
+
+/// What is kept of the logs of builds and MicroVMs.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogsConfig {
+    /// Days after which lines are removed, 1 to 3653. 14.
+    pub retention_days: u32,
+    /// Largest size of a log group in MiB, 1 to 1048576; the oldest lines go when it is reached. 256.
+    pub group_mib: u32,
 }
 
 /// What is logged.
@@ -185,8 +200,15 @@ impl Default for ServeConfig {
             wake_timeout_seconds: 60,
             terminated_retention_seconds: 86_400,
             network: NetworkConfig::default(),
+            logs: LogsConfig::default(),
             log: LogConfig::default(),
         }
+    }
+}
+
+impl Default for LogsConfig {
+    fn default() -> Self {
+        Self { retention_days: 14, group_mib: 256 }
     }
 }
 
@@ -230,6 +252,14 @@ impl ServeConfig {
         Duration::from_secs(self.terminated_retention_seconds.into())
     }
 
+    /// What is kept of logs.
+    pub fn log_retention(&self) -> hearth_control::logs::Retention {
+        hearth_control::logs::Retention {
+            age: Duration::from_secs(u64::from(self.logs.retention_days) * 24 * 3600),
+            group_bytes: u64::from(self.logs.group_mib) << 20,
+        }
+    }
+
     fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })
@@ -265,6 +295,8 @@ impl ServeConfig {
             ("build_timeout_seconds", self.build_timeout_seconds, 86_400, "a number of seconds from 1 to 86400"),
             ("ready_timeout_seconds", self.ready_timeout_seconds, 3_600, "a number of seconds from 1 to 3600"),
             ("wake_timeout_seconds", self.wake_timeout_seconds, 600, "a number of seconds from 1 to 600"),
+            ("logs.retention_days", self.logs.retention_days, 3_653, "a number of days from 1 to 3653"),
+            ("logs.group_mib", self.logs.group_mib, 1 << 20, "a number of MiB from 1 to 1048576"),
             ("max_concurrent_builds", self.max_concurrent_builds.unwrap_or(1), 64, "a number from 1 to 64"),
         ];
         for (key, value, most, expected) in seconds {
@@ -361,6 +393,9 @@ mod tests {
             [network]
             nameservers = ["192.0.2.1"]
             slots = "192.168.64.0/20"
+            [logs]
+            retention_days = 3
+            group_mib = 64
             [log]
             level = "debug"
             format = "json"
@@ -373,6 +408,7 @@ mod tests {
         assert_eq!(config.credentials[0].access_key_id, "AKIAEXAMPLE");
         assert_eq!(config.network.nameservers, [Ipv4Addr::new(192, 0, 2, 1)]);
         assert_eq!(config.network.slots.to_string(), "192.168.64.0/20");
+        assert_eq!(config.logs, LogsConfig { retention_days: 3, group_mib: 64 });
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.wake_timeout(), Duration::from_secs(62));
     }
@@ -408,6 +444,8 @@ mod tests {
             ("min_idle_seconds = 0", "min_idle_seconds = 0"),
             ("wake_timeout_seconds = 601", "wake_timeout_seconds = 601"),
             ("max_concurrent_builds = 0", "max_concurrent_builds = 0"),
+            ("logs.retention_days = 0", "logs.retention_days = 0"),
+            ("logs.group_mib = 0", "logs.group_mib = 0"),
             ("log.level = \"a=b=c\"", "log.level = a=b=c"),
             ("credentials = [{ access_key_id = \"AKIA\", secret_access_key = \"\" }]", "credentials.access_key_id = AKIA"),
         ] {

@@ -49,15 +49,17 @@ pub struct Pipeline {
     shared: Arc<Shared>,
     image: Identity,
     job: Job,
+    /// Of the phase that runs.
     log: LogWriter,
+    /// Of the phase that follows the build of the root file system.
+    console: Option<LogWriter>,
     sizes: BuildSizes,
 }
 
 impl Pipeline {
     pub fn new(shared: Arc<Shared>, image: Identity, job: Job) -> Self {
-        let (group, stream) = shared.build_log(&image, &job.build_id, job.created_ms);
-        let log = shared.logs.writer(&group, &stream);
-        Self { shared, image, job, log, sizes: BuildSizes::default() }
+        let [log, console] = shared.build_routes(&image, &job).map(|route| shared.logs.writer(&route));
+        Self { shared, image, job, log, console: Some(console), sizes: BuildSizes::default() }
     }
 
     /// Builds. Leaves the snapshot, or nothing.
@@ -99,6 +101,8 @@ impl Pipeline {
         let rootfs = work.join("rootfs.img");
         let built = self.build_rootfs(work, archive, &rootfs).await?;
         self.sizes.code_install = Some(built.content_bytes);
+        // Ends the log of the first phase: whoever follows it goes on with this one.
+        self.log = self.console.take().unwrap_or(self.log.clone());
         let machine = tokio::select! {
             booted = self.boot(work, rootfs) => booted?,
             () = shared.stop.cancelled() => return Err(stopped()),
@@ -269,7 +273,7 @@ impl Pipeline {
     }
 
     async fn say(&self, text: String) {
-        self.log.append(LogLine::now(LogOrigin::System, text)).await;
+        self.log.append(LogLine::now(LogOrigin::Build, text)).await;
     }
 
     /// The reason of a failure that is not the image's fault. What it was goes to the logs.

@@ -30,7 +30,8 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    logs::{BUILD_VERSION, LogGroup, LogStore, stream_name},
+    logs::{LogGroup, LogStore, Route, build_streams},
+    records::{time, version_name},
     settings::Settings,
     types::ImageSpec,
 };
@@ -58,10 +59,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Where a build's output goes.
-    pub fn build_log(&self, image: &Identity, build_id: &str, created_ms: i64) -> (LogGroup, String) {
-        let group = LogGroup::of_image(&image.account, &image.region, &image.name);
-        (group, stream_name(crate::records::time(created_ms), BUILD_VERSION, build_id))
+    /// Where the output of a build's phases goes: of the Dockerfile, then of the console of the MicroVM that is captured.
+    pub fn build_routes(&self, image: &Identity, job: &Job) -> [Route; 2] {
+        let logging = job.spec.echoed.get("logging");
+        build_streams(time(job.created_ms), &version_name(job.number), &job.build_id)
+            .map(|stream| Route::new(image.log_group(), stream, logging))
     }
 
     fn changed(&self) {
@@ -77,6 +79,12 @@ pub(crate) struct Identity {
     pub account: String,
     pub region: String,
     pub name: String,
+}
+
+impl Identity {
+    fn log_group(&self) -> LogGroup {
+        LogGroup::of_image(&self.account, &self.region, &self.name)
+    }
 }
 
 /// What is to be built.
@@ -121,9 +129,11 @@ pub(crate) async fn finish_delete(shared: &Shared, image: &Identity) -> Result<(
             shared.engine.forget(&snapshot).await;
         }
         for build in shared.store.list_builds(&image.id, version.number, all).await? {
-            let (group, stream) = shared.build_log(image, &build.id, build.created_ms);
-            if let Err(error) = shared.logs.delete_stream(&group, &stream).await {
-                tracing::warn!(image = image.name, stream, %error, "the log of a deleted image is left");
+            // What the API shows stays until its time has come, as on AWS.
+            for stream in build_streams(time(build.created_ms), &version_name(version.number), &build.id) {
+                if let Err(error) = shared.logs.delete_stream(&image.log_group().private(), &stream).await {
+                    tracing::warn!(image = image.name, stream, %error, "the log of a deleted image is left");
+                }
             }
         }
     }

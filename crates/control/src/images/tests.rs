@@ -7,7 +7,7 @@ use hearth_machine::MachineEvent;
 
 use crate::{
     ControlError,
-    logs::{BUILD_VERSION, LogGroup, stream_name},
+    logs::{LogGroup, build_streams},
     plane::ControlPlane,
     testing::{Frozen, World, caller, create, exited, image_arn, log_line, run, spec, within},
     types::{BuildState, CreateImage, ImageState, MicrovmState, PageRequest, VersionState, VersionStatus},
@@ -15,9 +15,12 @@ use crate::{
 
 async fn build_log(world: &World, name: &str) -> Vec<String> {
     let builds = world.control.list_builds(&caller(), &image_arn(name), "1.0", PageRequest::default()).await.unwrap();
-    let stream = stream_name(builds.items[0].created_at, BUILD_VERSION, &builds.items[0].id);
     let group = LogGroup::of_image("000000000000", "us-east-1", name);
-    world.logs.follow(&group, &stream, 0).map(|line| line.text).collect().await
+    let mut lines = Vec::new();
+    for stream in build_streams(builds.items[0].created_at, "1.0", &builds.items[0].id) {
+        lines.extend(world.logs.follow(&group, &stream, 0).map(|line| line.text).collect::<Vec<_>>().await);
+    }
+    lines
 }
 
 /// Checks that a build failed as it should, and returns its reason.
@@ -123,8 +126,8 @@ async fn an_app_that_never_listens_where_it_should() {
     within("the app to be waited for", async {
         let group = LogGroup::of_image("000000000000", "us-east-1", "demo");
         let builds = world.control.list_builds(&caller(), &image_arn("demo"), "1.0", PageRequest::default()).await.unwrap();
-        let stream = stream_name(builds.items[0].created_at, BUILD_VERSION, &builds.items[0].id);
-        let mut log = world.logs.follow(&group, &stream, 0);
+        let [_, console] = build_streams(builds.items[0].created_at, "1.0", &builds.items[0].id);
+        let mut log = world.logs.follow(&group, &console, 0);
         while !log.next().await.unwrap().text.contains("which the image does not EXPOSE") {}
     })
     .await;

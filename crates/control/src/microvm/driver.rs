@@ -15,7 +15,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    logs::{LogGroup, LogLine, LogOrigin, LogWriter, stream_name},
+    logs::{LogGroup, LogLine, LogOrigin, LogWriter, Route, stream_name},
     plane::Activity,
     pump::Pump,
     records,
@@ -79,7 +79,8 @@ pub struct Driver {
 impl Driver {
     pub fn new(shared: Arc<Shared>, record: Record, channels: Channels) -> Self {
         let group = LogGroup::of_image(&record.account, &record.region, &record.image_name);
-        let log = shared.logs.writer(&group, &stream_name(record.vm.started_at, &record.vm.version, &record.vm.id));
+        let stream = stream_name(record.vm.started_at, &record.vm.version, &record.vm.id);
+        let log = shared.logs.writer(&Route::new(group, stream, record.logging.as_ref()));
         let dir = shared.dir.join(&record.vm.id);
         let lifetime_end = in_future(record.vm.started_at, Duration::from_secs(record.vm.maximum_duration_seconds.into()));
         let mut driver = Self {

@@ -81,6 +81,8 @@ pub(crate) struct Record {
     /// Number of the image's version.
     pub number: i64,
     pub vm: Microvm,
+    /// The union `logging` as it was sent; the image's own does not apply (SPEC 7).
+    pub logging: Option<serde_json::Value>,
     /// Counts launches and resumes, from 1.
     pub generation: u64,
     pub suspended_at: Option<SystemTime>,

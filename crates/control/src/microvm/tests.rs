@@ -511,18 +511,25 @@ async fn pages_follow_one_another_while_microvms_come_and_go() {
 }
 
 #[tokio::test]
-async fn terminated_microvms_are_swept_with_their_logs_and_tokens() {
+async fn terminated_microvms_are_swept_with_their_tokens_and_the_operator_s_logs() {
     let world = World::with(|settings| settings.terminated_retention = Duration::ZERO).await;
     world.build("demo").await;
-    let request = crate::types::RunMicrovm { client_token: Some("t".to_owned()), ..run("demo", None) };
+    let logging = Some(serde_json::json!({"cloudWatch": {"logGroup": "/mine", "logStream": "s"}}));
+    let request = crate::types::RunMicrovm { client_token: Some("t".to_owned()), logging, ..run("demo", None) };
     let vm = world.control.run_microvm(&caller(), request.clone()).await.unwrap();
     world.reaches(&vm.id, Running).await;
     world.engine.say(&vm.id, log_line("x")).await;
     world.control.terminate_microvm(&caller(), &vm.id).await.unwrap();
     world.when("the record to be swept", || async { world.control.get_microvm(&caller(), &vm.id).await.err() }).await;
-    let group = LogGroup::of_image("000000000000", "us-east-1", "demo");
-    let streams = world.logs.list_streams(&group).await.unwrap();
-    assert!(streams.iter().all(|stream| !stream.name.contains(&vm.id)), "{streams:?}");
+    let stream = stream_name(vm.started_at, "1.0", &vm.id);
+    let texts = async |group: LogGroup, stream: &str| {
+        let chunk = world.logs.read(&group, stream, 0).await.unwrap();
+        chunk.lines.into_iter().map(|line| line.text).collect::<Vec<_>>()
+    };
+    let own = LogGroup::of_image("000000000000", "us-east-1", "demo");
+    assert!(texts(own.clone(), &stream).await.is_empty() && texts(own.private(), &stream).await.is_empty());
+    let shipped = texts(LogGroup::new("000000000000", "us-east-1", "/mine"), "s").await;
+    assert_eq!(shipped[0], "x", "what the API shows stays");
     let again = world.control.run_microvm(&caller(), request).await.unwrap();
     assert_ne!(again.id, vm.id);
 }

@@ -133,7 +133,7 @@ impl Server {
             prepared;
         let first = credentials.first().context("there are no credentials")?;
         let engine = engine(&config, &dir, kit, accelerator).await?;
-        let logs = LogStore::new(dir.logs(), LogStore::DEFAULT_STREAM_LIMIT);
+        let logs = LogStore::new(dir.logs(), config.log_retention());
         let deps = Deps {
             store,
             engine: Arc::clone(&engine),
