@@ -6,23 +6,25 @@
 #![forbid(unsafe_code)]
 
 mod auth;
+mod authorize;
 mod error;
 mod model;
 mod operations;
 mod rules;
 mod sigv4;
+mod sts;
 #[cfg(test)]
 mod tests;
 
 mod validate;
 mod wire;
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
 use axum::{
     Router,
     body::{Body, HttpBody},
-    extract::{Request, State},
+    extract::{ConnectInfo, Request, State},
     response::Response,
 };
 use bytes::Bytes;
@@ -33,11 +35,12 @@ use uuid::Uuid;
 
 use hearth_control::plane::ControlPlane;
 
+use authorize::Decider;
 use error::{ApiError, REQUEST_ID, json_response};
 use model::{MODEL, NoRoute};
 use sigv4::Claims;
 
-pub use auth::{Auth, Credential};
+pub use auth::Auth;
 
 /// Longest body of a request that is not for S3, in bytes.
 const MAX_BODY: usize = 1 << 20;
@@ -45,10 +48,17 @@ const MAX_BODY: usize = 1 << 20;
 /// What the API is told about the server.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The region that is served; calls signed for another one are refused. `None` serves whatever region callers sign for.
-    pub region: Option<String>,
+    /// The regions that are served, each with resources of its own; calls signed for another one are refused. When there are none: whatever
+    /// region callers sign for.
+    pub regions: Vec<String>,
     /// Least `maxIdleDurationSeconds` that callers may ask for; 60 s on AWS.
     pub min_idle_seconds: u32,
+}
+
+impl Settings {
+    fn serves(&self, region: &str) -> bool {
+        self.regions.is_empty() || self.regions.iter().any(|served| served == region)
+    }
 }
 
 /// All APIs of one listener. `objects` answers everything that is meant for S3 and authenticates it by itself.
@@ -111,7 +121,13 @@ where
         },
         Destination::Lambda => call(&api, request).await.unwrap_or_else(|error| error.into_response(&id)),
         Destination::Logs => ApiError::not_yet("CloudWatch Logs").into_response(&id),
-        Destination::Sts => sts_not_yet(&id),
+        Destination::Sts => {
+            let (parts, body) = request.into_parts();
+            match read_body(body).await {
+                Ok(body) => sts::answer(&api.auth, &parts, &body, &id),
+                Err(_) => sts::unreadable(&id),
+            }
+        }
     };
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().entry(REQUEST_ID).or_insert(id);
@@ -122,8 +138,8 @@ where
 async fn call<S>(api: &Api<S>, request: Request) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
     let body = read_body(body).await?;
-    let caller = api.auth.authenticate(&parts, &body)?;
-    if api.settings.region.as_ref().is_some_and(|region| *region != caller.region) {
+    let who = api.auth.identify(&parts, &body, "lambda")?;
+    if !api.settings.serves(&who.caller.region) {
         return Err(ApiError::access_denied(None));
     }
 
@@ -134,7 +150,10 @@ async fn call<S>(api: &Api<S>, request: Request) -> Result<Response, ApiError> {
     })?;
     let input = validate::input(operation, labels, uri.query().unwrap_or_default(), &body)?;
     validate::check(operation, &input, api.settings.min_idle_seconds)?;
-    let output = operations::perform(api.plane.as_ref(), &caller, &operation.name, input).await?;
+    let source = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(address)| address.ip());
+    let decider = Decider { plane: api.plane.as_ref(), directory: api.auth.directory(), who: &who, source };
+    decider.decide(&operation.name, &input).await?;
+    let output = operations::perform(api.plane.as_ref(), &who.caller, &operation.name, input).await?;
     let status = StatusCode::from_u16(operation.status).map_err(|e| ApiError::internal(e.to_string()))?;
     Ok(json_response(status, &output))
 }
@@ -146,16 +165,4 @@ async fn read_body(body: Body) -> Result<Bytes, ApiError> {
         // The client is gone or broke its framing.
         Err(_) => Err(ApiError::malformed()),
     }
-}
-
-/// STS speaks XML.
-fn sts_not_yet(request_id: &str) -> Response {
-    let body = format!(
-        "<ErrorResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><Error><Type>Sender</Type><Code>InvalidAction</Code>\
-         <Message>STS is not implemented by this version of Hearth.</Message></Error><RequestId>{request_id}</RequestId></ErrorResponse>"
-    );
-    let mut response = Response::new(Body::from(body));
-    *response.status_mut() = StatusCode::BAD_REQUEST;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/xml"));
-    response
 }

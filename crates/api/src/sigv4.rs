@@ -10,6 +10,8 @@ use http::{HeaderMap, HeaderName, header::AUTHORIZATION, request::Parts};
 use ring::{digest, hmac};
 use time::{OffsetDateTime, PrimitiveDateTime, format_description::BorrowedFormatItem, macros::format_description};
 
+use crate::auth::SECURITY_TOKEN;
+
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
 const AMZ_DATE: HeaderName = HeaderName::from_static("x-amz-date");
 const BASIC_FORMAT: &[BorrowedFormatItem<'_>] = format_description!("[year][month][day]T[hour][minute][second]Z");
@@ -99,8 +101,14 @@ impl<'r> Claims<'r> {
         if self.service != service {
             return Err(SignatureError::Scope(format!("Credential should be scoped to correct service: '{service}'.")));
         }
-        if !self.signed_headers.split(';').any(|name| name == "host") {
+        let signed = |header: &str| self.signed_headers.split(';').any(|name| name == header);
+        if !signed("host") {
             return Err(SignatureError::Scope("'Host' must be a 'SignedHeader' in the AWS Authorization.".to_owned()));
+        }
+        // What is not signed could have been put there by anybody. The session token is sealed by itself, and some clients add it last.
+        let meaningful = |name: &&HeaderName| name.as_str().starts_with("x-amz-") && *name != SECURITY_TOKEN && *name != AMZ_DATE;
+        if let Some(name) = parts.headers.keys().filter(meaningful).find(|name| !signed(name.as_str())) {
+            return Err(SignatureError::Scope(format!("There were headers present in the request which were not signed: {name}")));
         }
 
         let canonical = canonical_request(parts, self.signed_headers, body);
@@ -220,6 +228,25 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
     (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
 }
 
+/// Signs a request as clients do.
+#[cfg(test)]
+pub(crate) fn sign(parts: &mut Parts, body: &[u8], access_key_id: &str, secret: &str, region: &str, service: &str, now: SystemTime) {
+    let timestamp = OffsetDateTime::from(now).format(BASIC_FORMAT).unwrap();
+    parts.headers.insert(AMZ_DATE, timestamp.parse().unwrap());
+    let mut names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
+    names.sort_unstable();
+    let signed_headers = names.join(";");
+    let scope = format!("{}/{region}/{service}/aws4_request", &timestamp[..8]);
+    let canonical = canonical_request(parts, &signed_headers, body);
+    let digest = hex(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref());
+    let claims =
+        Claims { access_key_id, region, service, date: &timestamp[..8], scope: &scope, signed_headers: &signed_headers, signature: "" };
+    let signature = hmac::sign(&claims.signing_key(secret), format!("{ALGORITHM}\n{timestamp}\n{scope}\n{digest}").as_bytes());
+    let header =
+        format!("{ALGORITHM} Credential={access_key_id}/{scope}, SignedHeaders={signed_headers}, Signature={}", hex(signature.as_ref()));
+    parts.headers.insert(AUTHORIZATION, header.parse().unwrap());
+}
+
 #[cfg(test)]
 mod tests {
     use http::Request;
@@ -324,6 +351,17 @@ mod tests {
         assert!(matches!(unsigned_host.verify(&parts, b"", SECRET, "service", now, SKEW), Err(SignatureError::Scope(_))));
         let yesterday = Claims { date: "20150829", ..claims };
         assert!(matches!(yesterday.verify(&parts, b"", SECRET, "service", now, SKEW), Err(SignatureError::Scope(_))));
+    }
+
+    #[test]
+    fn headers_that_mean_something_must_be_signed() {
+        let mut parts = published(PUBLISHED);
+        parts.headers.insert("x-amz-target", http::HeaderValue::from_static("Logs_20140328.GetLogEvents"));
+        let refused = verify(&parts, b"", SECRET, "20150830T123600Z").unwrap_err();
+        assert_eq!(refused.to_string(), "There were headers present in the request which were not signed: x-amz-target");
+        let mut parts = published(PUBLISHED);
+        parts.headers.insert(SECURITY_TOKEN, http::HeaderValue::from_static("token"));
+        assert_eq!(verify(&parts, b"", SECRET, "20150830T123600Z"), Ok(()));
     }
 
     #[test]

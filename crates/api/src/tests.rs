@@ -1,5 +1,7 @@
 //! The whole API against a control plane that only answers what it is told to.
 
+mod identity;
+
 use std::{
     collections::BTreeMap,
     convert::Infallible,
@@ -23,7 +25,9 @@ use hearth_control::{
     },
 };
 
-use crate::{Auth, Credential, Settings, service};
+use hearth_identity::{Account, Book, Directory, Key, Sealer};
+
+use crate::{Auth, Settings, service};
 
 const IMAGE: &str = "arn:aws:lambda:us-east-1:000000000000:microvm-image:demo";
 const ROLE: &str = "arn:aws:iam::000000000000:role/build";
@@ -204,6 +208,15 @@ fn caller(region: &str) -> Caller {
     Caller { account: "000000000000".to_owned(), region: region.to_owned(), principal: "arn:aws:iam::000000000000:root".to_owned() }
 }
 
+/// The administrator with the key `AKID`, and nobody else.
+fn directory() -> Arc<Directory> {
+    let key = Key { access_key_id: "AKID".to_owned(), secret_access_key: "secret".to_owned() };
+    let root = Account { id: "000000000000".to_owned(), keys: vec![key] };
+    let sealer = Sealer::new(&[7; Sealer::KEY_LENGTH]);
+    let directory = Directory::new(vec![root], Book::default(), Book::default(), sealer, Box::new(|_| Ok(())));
+    Arc::new(directory.unwrap())
+}
+
 struct Server {
     plane: Arc<Fake>,
     router: Router,
@@ -225,12 +238,12 @@ impl Server {
     fn new(auth: Auth) -> Self {
         let plane = Arc::new(Fake::default());
         let objects = tower::service_fn(|_| async { Ok::<_, Infallible>(Response::new(Body::from("\"object\""))) });
-        let settings = Settings { region: Some("us-east-1".to_owned()), min_idle_seconds: 60 };
+        let settings = Settings { regions: vec!["us-east-1".to_owned()], min_idle_seconds: 60 };
         Self { router: service(plane.clone(), objects, auth, settings), plane }
     }
 
     fn trusted() -> Self {
-        Self::new(Auth::Trusted(caller("us-east-1")))
+        Self::new(Auth::Trusted(caller("us-east-1"), directory()))
     }
 
     async fn send(&self, request: Request<Body>) -> Answer {
@@ -528,20 +541,14 @@ async fn other_services_are_told_apart() {
 
 #[tokio::test]
 async fn another_region_is_denied_without_a_message() {
-    let server = Server::new(Auth::Trusted(caller("eu-west-1")));
+    let server = Server::new(Auth::Trusted(caller("eu-west-1"), directory()));
     let answer = server.call("GET", "/2025-09-09/microvms", Value::Null).await;
     assert_eq!(answer.error(), (403, "AccessDeniedException", &json!({"Message": null})));
 }
 
 #[tokio::test]
 async fn callers_must_be_known() {
-    let credential = Credential {
-        access_key_id: "AKID".to_owned(),
-        secret_access_key: "secret".to_owned(),
-        account: "000000000000".to_owned(),
-        principal: "arn:aws:iam::000000000000:root".to_owned(),
-    };
-    let server = Server::new(Auth::SigV4(Arc::from([credential])));
+    let server = Server::new(Auth::SigV4(directory()));
     let signed =
         |key: &str| format!("AWS4-HMAC-SHA256 Credential={key}/20260101/us-east-1/lambda/aws4_request, SignedHeaders=host, Signature=00");
     for (authorization, exception) in [

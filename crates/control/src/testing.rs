@@ -326,7 +326,7 @@ pub struct FakeObjects;
 
 #[async_trait]
 impl Objects for FakeObjects {
-    async fn fetch(&self, uri: &ObjectUri, into: &Path, _max_bytes: u64) -> Result<u64, FetchError> {
+    async fn fetch(&self, _account: &str, uri: &ObjectUri, into: &Path, _max_bytes: u64) -> Result<u64, FetchError> {
         match uri.key() {
             "gone" => Err(FetchError::NoSuchKey { bucket: uri.bucket().to_owned(), key: uri.key().to_owned() }),
             "broken" => Err(FetchError::Io { uri: uri.to_string(), source: io::Error::other("/secret/path") }),
@@ -337,7 +337,7 @@ impl Objects for FakeObjects {
         }
     }
 
-    async fn put(&self, _bucket: &str, _key: &str, _file: &Path) -> Result<(), PutError> {
+    async fn put(&self, _account: &str, _bucket: &str, _key: &str, _file: &Path) -> Result<(), PutError> {
         Ok(())
     }
 }

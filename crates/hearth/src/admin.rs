@@ -229,7 +229,7 @@ async fn store_artifact(State(admin): State<Admin>, Path(name): Path<String>, bo
     }
     copy.flush().await.map_err(|error| failed(&error))?;
     let key = format!("{name}/{}.zip", uuid::Uuid::new_v4());
-    admin.objects.put(BUCKET, &key, &path).await.map_err(|error| failed(&error))?;
+    admin.objects.put(&admin.caller.account, BUCKET, &key, &path).await.map_err(|error| failed(&error))?;
     Ok(Json(serde_json::json!({"uri": format!("s3://{BUCKET}/{key}")})))
 }
 

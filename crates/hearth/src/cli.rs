@@ -33,6 +33,9 @@ enum Verb {
     /// Build, list and remove images.
     #[command(subcommand)]
     Image(ImageVerb),
+    /// Make, list and remove users, their keys, and roles.
+    #[command(subcommand)]
+    Iam(verbs::iam::IamVerb),
     /// Run a MicroVM from an image.
     Run(verbs::microvm::RunArgs),
     /// List MicroVMs.
@@ -109,6 +112,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Image(ImageVerb::Build(args)) => small(verbs::image::build(client, args)),
         Verb::Image(ImageVerb::Ls) => small(verbs::image::list(client)),
         Verb::Image(ImageVerb::Rm { image }) => small(verbs::image::remove(client, image)),
+        Verb::Iam(verb) => small(verbs::iam::run(client, verb)),
         Verb::Run(args) => small(verbs::microvm::run(client, args)),
         Verb::Ps(args) => small(verbs::microvm::list(client, args)),
         Verb::Suspend(args) => small(verbs::microvm::change(client, verbs::microvm::Change::Suspend, args.ids)),

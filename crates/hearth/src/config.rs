@@ -45,12 +45,16 @@ pub struct ServeConfig {
     pub endpoint: Option<SocketAddr>,
     /// Domain under which the endpoints' names are: `<uuid>.lambda-microvm.<region>.<domain>`. `localhost`.
     pub domain: String,
-    /// Region that the server is. `us-east-1`.
+    /// Region that the server is, and that its own command line uses. `us-east-1`.
     pub region: String,
-    /// Account that everything belongs to, twelve digits. `000000000000`.
+    /// Further regions that are served, each with images and MicroVMs of its own. None.
+    pub regions: Vec<String>,
+    /// Account of the administrator, twelve digits. `000000000000`.
     pub account: String,
-    /// Keys that may sign requests. The first is what `hearth env` prints. When there are none: one pair, made at the first start.
+    /// Keys of the administrator. The first is what `hearth env` prints. When there are none: one pair, made at the first start.
     pub credentials: Vec<Credentials>,
+    /// Users and roles, beside those that `hearth iam` makes. An account has images, MicroVMs and buckets of its own.
+    pub accounts: Vec<AccountConfig>,
     /// Least value of `maxIdleDurationSeconds` that the API accepts, in seconds, at least 1. 60, as AWS has it.
     pub min_idle_seconds: u32,
     /// Virtual machine monitor's accelerator: `auto` (kvm if it runs kernels natively, else tcg), `kvm` or `tcg`. `auto`.
@@ -75,6 +79,46 @@ pub struct ServeConfig {
     pub logs: LogsConfig,
     /// What is logged, on standard error.
     pub log: LogConfig,
+}
+
+/// An account's users and roles.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AccountConfig {
+    /// Twelve digits; may be the administrator's.
+    pub id: String,
+    #[serde(default)]
+    pub users: Vec<UserConfig>,
+    #[serde(default)]
+    pub roles: Vec<RoleConfig>,
+}
+
+/// A user. Policy documents are JSON, or the name of a file that has it, relative to the configuration file.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UserConfig {
+    /// 1–64 letters, digits and `_+=,.@-`.
+    pub name: String,
+    /// May do everything in the account. `false`.
+    #[serde(default)]
+    pub administrator: bool,
+    /// What the user may do. Nothing.
+    pub policy: Option<String>,
+    /// What the user signs with. None.
+    #[serde(default)]
+    pub keys: Vec<Credentials>,
+}
+
+/// A role.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RoleConfig {
+    /// As for users.
+    pub name: String,
+    /// Who may assume it.
+    pub trust: String,
+    /// What its sessions may do.
+    pub policy: String,
 }
 
 /// The MicroVMs' networks.
@@ -167,6 +211,14 @@ pub enum ConfigError {
         /// Which line, which key, what was expected.
         source: Box<toml::de::Error>,
     },
+    /// a document of a user or a role is not a policy
+    #[error("accounts in {origin}: {source}; `hearth iam policy validate FILE` checks a document")]
+    Policy {
+        /// The file.
+        origin: String,
+        /// Where, and what was expected.
+        source: hearth_identity::PolicyError,
+    },
     /// a value is outside what makes sense
     #[error("{key} = {found} in {origin}: write {expected} instead")]
     Value {
@@ -188,8 +240,10 @@ impl Default for ServeConfig {
             endpoint: None,
             domain: "localhost".to_owned(),
             region: "us-east-1".to_owned(),
+            regions: Vec::new(),
             account: "000000000000".to_owned(),
             credentials: Vec::new(),
+            accounts: Vec::new(),
             min_idle_seconds: 60,
             engine: EngineChoice::Auto,
             kit: None,
@@ -232,6 +286,12 @@ impl ServeConfig {
         Ok(config)
     }
 
+    /// Every region that is served, the server's own first.
+    pub fn served_regions(&self) -> Vec<String> {
+        let others = self.regions.iter().filter(|region| **region != self.region);
+        std::iter::once(&self.region).chain(others).cloned().collect()
+    }
+
     /// Longest time a Dockerfile may take.
     pub fn build_timeout(&self) -> Duration {
         Duration::from_secs(self.build_timeout_seconds.into())
@@ -262,7 +322,20 @@ impl ServeConfig {
 
     fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })
+        let parsed = toml::from_str(&text);
+        let mut config: Self = parsed.map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        let beside = path.parent().unwrap_or(Path::new("."));
+        for account in &mut config.accounts {
+            let of_users = account.users.iter_mut().filter_map(|user| user.policy.as_mut());
+            let of_roles = account.roles.iter_mut().flat_map(|role| [&mut role.trust, &mut role.policy]);
+            for document in of_users.chain(of_roles) {
+                if !document.trim_start().starts_with('{') {
+                    let path = beside.join(&*document);
+                    *document = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read { path, source })?;
+                }
+            }
+        }
+        Ok(config)
     }
 
     fn apply(&mut self, flags: Flags) {
@@ -284,8 +357,12 @@ impl ServeConfig {
         if self.account.len() != 12 || !self.account.bytes().all(|byte| byte.is_ascii_digit()) {
             return refuse("account", &self.account, "twelve digits, such as \"000000000000\",");
         }
+        let region = "lower-case letters, digits and hyphens, such as \"us-east-1\",";
         if !is_region(&self.region) {
-            return refuse("region", &self.region, "lower-case letters, digits and hyphens, such as \"us-east-1\",");
+            return refuse("region", &self.region, region);
+        }
+        if let Some(bad) = self.regions.iter().find(|name| !is_region(name)) {
+            return refuse("regions", bad, region);
         }
         if !is_domain(&self.domain) {
             return refuse("domain", &self.domain, "a domain name in lower case without a dot at either end, such as \"localhost\",");
@@ -307,6 +384,16 @@ impl ServeConfig {
         if let Some(bad) = self.credentials.iter().find(|pair| !pair.is_usable()) {
             return refuse("credentials.access_key_id", &bad.access_key_id, "3 to 128 letters and digits, and a secret that is not empty,");
         }
+        let keys = self.accounts.iter().flat_map(|account| &account.users).flat_map(|user| &user.keys);
+        if let Some(bad) = keys.into_iter().find(|pair| !pair.is_usable()) {
+            return refuse(
+                "accounts.users.keys.access_key_id",
+                &bad.access_key_id,
+                "3 to 128 letters and digits, and a secret that is not empty,",
+            );
+        }
+        let documents = crate::iam::configured(&self.accounts);
+        documents.map_err(|source| ConfigError::Policy { origin: origin.to_owned(), source })?;
         if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
             return refuse("log.level", &self.log.level, "\"error\", \"warn\", \"info\", \"debug\" or \"trace\"");
         }
@@ -411,6 +498,41 @@ mod tests {
         assert_eq!(config.logs, LogsConfig { retention_days: 3, group_mib: 64 });
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.wake_timeout(), Duration::from_secs(62));
+    }
+
+    const ACCOUNTS: &str = r#"
+        regions = ["eu-west-1", "us-east-1"]
+        [[accounts]]
+        id = "111111111111"
+        [[accounts.users]]
+        name = "ann"
+        policy = """{"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "lambda:*", "Resource": "*"}}"""
+        keys = [{ access_key_id = "AKIAANN", secret_access_key = "s" }]
+        [[accounts.roles]]
+        name = "worker"
+        trust = """{"Statement": {"Effect": "Allow", "Principal": {"Service": "lambda.amazonaws.com"}, "Action": "sts:AssumeRole"}}"""
+        policy = "POLICY"
+    "#;
+
+    #[test]
+    fn accounts_have_users_and_roles_with_documents_written_out_or_in_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let allow = r#"{"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "s3:Get*", "Resource": "*"}}"#;
+        std::fs::write(dir.path().join("worker.json"), allow).unwrap();
+        let path = dir.path().join("hearth.toml");
+        std::fs::write(&path, ACCOUNTS.replace("POLICY", "worker.json")).unwrap();
+        let config = ServeConfig::load(Some(&path), Flags::default()).unwrap();
+        assert_eq!(config.served_regions(), ["us-east-1", "eu-west-1"]);
+        assert_eq!(config.accounts[0].roles[0].policy, allow);
+        assert_eq!(config.accounts[0].users[0].keys[0].access_key_id, "AKIAANN");
+
+        let missing = refusal(&ACCOUNTS.replace("POLICY", "none.json"));
+        assert!(missing.contains("none.json"), "{missing}");
+        let malformed = refusal(&ACCOUNTS.replace("\"lambda:*\"", "\"lambda\""));
+        assert!(malformed.contains("none.json") || malformed.contains("POLICY"), "{malformed}");
+        std::fs::write(&path, ACCOUNTS.replace("POLICY", "worker.json").replace("\"lambda:*\"", "\"lambda\"")).unwrap();
+        let malformed = ServeConfig::load(Some(&path), Flags::default()).unwrap_err().to_string();
+        assert!(malformed.contains("MalformedPolicyDocument: Statement[0]") && malformed.contains("hearth.toml"), "{malformed}");
     }
 
     #[test]

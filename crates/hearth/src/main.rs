@@ -10,6 +10,7 @@ mod connect;
 mod credentials;
 mod data_dir;
 mod doctor;
+mod iam;
 mod serve;
 mod verbs;
 

@@ -1,10 +1,13 @@
-//! The embedded S3: objects are files below one directory, `<root>/<bucket>/<key>`, served over the S3 protocol by `s3s`.
+//! The embedded S3: objects are files below one directory, `<root>/<bucket>/<key>`, served over the S3 protocol by `s3s`. The root of the
+//! default account is the directory that was given; every other account's is beside it, with a hyphen and the account behind its name.
 
 use std::{
     collections::HashMap,
     convert::Infallible,
     io::{self, Read},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
 };
 
@@ -24,23 +27,14 @@ use s3s::{
 use s3s_fs::FileSystem;
 use tokio_util::io::ReaderStream;
 
-use crate::{FetchError, ObjectUri, Objects, PutError, guard::Guard};
-
-/// A key pair that may use the embedded S3.
-#[derive(Clone)]
-pub struct AccessKey {
-    /// Access key id.
-    pub id: String,
-    /// Secret access key.
-    pub secret: String,
-}
+use crate::{FetchError, ObjectUri, Objects, Principals, PutError, guard::Guard, signer::Signer};
 
 /// Who may use a [`S3Service`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Requests signed with one of the keys of the store.
+    /// Requests signed with a key that the [`Principals`] know.
     Signed,
-    /// Any request: for a listener that only the operator can reach.
+    /// Any request, and it is for the default account: for a listener that only the operator can reach.
     Trusted,
 }
 
@@ -48,9 +42,22 @@ pub enum Access {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Trusted;
 
-/// Objects in a directory.
+/// Objects in a directory for each account.
 #[derive(Clone)]
-pub struct LocalObjects {
+pub struct LocalObjects(Arc<Inner>);
+
+struct Inner {
+    /// Of the default account.
+    root: PathBuf,
+    default_account: String,
+    principals: Arc<dyn Principals>,
+    /// By account, opened when they are first used.
+    stores: Mutex<HashMap<String, Store>>,
+}
+
+/// One account's objects.
+#[derive(Clone)]
+struct Store {
     root: PathBuf,
     protocol: Protocol,
 }
@@ -66,24 +73,72 @@ pub struct OpenError {
 impl LocalObjects {
     /// Opens the store, creates its directory if it is missing, and removes what interrupted writes left. One process at a time may have a
     /// directory open.
-    pub fn open(root: &Path, keys: impl IntoIterator<Item = AccessKey>) -> Result<Self, OpenError> {
-        let error = |reason: String| OpenError { path: root.to_owned(), reason };
-        std::fs::create_dir_all(root).map_err(|e| error(e.to_string()))?;
-        let root = root.canonicalize().map_err(|e| error(e.to_string()))?;
-        let files = FileSystem::new(&root).map_err(|e| error(format!("{e:?}")))?;
-
-        let mut builder = S3ServiceBuilder::new(files);
-        builder.set_auth(Keys(keys.into_iter().map(|key| (key.id, SecretKey::from(key.secret))).collect()));
-        builder.set_access(Guard::new(root.clone()));
-        builder.set_host(LocalhostBuckets);
-        Ok(Self { root, protocol: builder.build() })
+    pub fn open(root: &Path, default_account: &str, principals: Arc<dyn Principals>) -> Result<Self, OpenError> {
+        let inner = Inner { root: root.to_owned(), default_account: default_account.to_owned(), principals, stores: Mutex::default() };
+        inner.store(default_account)?;
+        Ok(Self(Arc::new(inner)))
     }
 
     /// The store as an HTTP service that speaks S3.
     pub fn service(&self, access: Access) -> S3Service {
-        S3Service { protocol: self.protocol.clone(), access }
+        S3Service { objects: self.clone(), access }
     }
 
+    async fn store(&self, account: &str) -> Result<Store, OpenError> {
+        if let Some(store) = self.0.opened(account) {
+            return Ok(store);
+        }
+        let (inner, account) = (Arc::clone(&self.0), account.to_owned());
+        let root = inner.root_of(&account);
+        let opened = tokio::task::spawn_blocking(move || inner.store(&account)).await;
+        opened.unwrap_or_else(|e| Err(OpenError { path: root, reason: e.to_string() }))
+    }
+}
+
+impl Inner {
+    fn opened(&self, account: &str) -> Option<Store> {
+        self.stores.lock().unwrap_or_else(PoisonError::into_inner).get(account).cloned()
+    }
+
+    fn root_of(&self, account: &str) -> PathBuf {
+        if account == self.default_account {
+            return self.root.clone();
+        }
+        let mut name = self.root.file_name().unwrap_or_default().to_owned();
+        name.push(format!("-{account}"));
+        self.root.with_file_name(name)
+    }
+
+    /// Opens an account's objects, once. Waits for the disk.
+    fn store(&self, account: &str) -> Result<Store, OpenError> {
+        let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = stores.get(account) {
+            return Ok(store.clone());
+        }
+        let root = self.root_of(account);
+        let error = |reason: String| OpenError { path: root.clone(), reason };
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(|e| error(e.to_string()))?;
+        let root = root.canonicalize().map_err(|e| error(e.to_string()))?;
+        let files = FileSystem::new(&root).map_err(|e| error(format!("{e:?}")))?;
+
+        let mut builder = S3ServiceBuilder::new(files);
+        builder.set_auth(Secrets(Arc::clone(&self.principals)));
+        builder.set_access(Guard::new(root.clone(), account.to_owned(), Arc::clone(&self.principals)));
+        builder.set_host(LocalhostBuckets);
+        let store = Store { root, protocol: builder.build() };
+        stores.insert(account.to_owned(), store.clone());
+        Ok(store)
+    }
+
+    /// The account that a request says it is of. Whether it is, the guard of that account's store sees to, once the signature is checked.
+    fn account_of<B>(&self, request: &Request<B>) -> String {
+        let signer = Signer::of(request.uri(), request.headers());
+        let account = signer.access_key_id.and_then(|key| self.principals.account(&key, signer.token.as_deref()).ok());
+        account.unwrap_or_else(|| self.default_account.clone())
+    }
+}
+
+impl Store {
     async fn call_trusted(&self, request: http::request::Builder, body: Body) -> io::Result<Response<Body>> {
         let request = request.extension(Trusted).body(body).map_err(io::Error::other)?;
         self.protocol.call(request).await.map_err(|e| io::Error::other(format!("{e:?}")))
@@ -96,19 +151,22 @@ impl LocalObjects {
 
 #[async_trait]
 impl Objects for LocalObjects {
-    async fn fetch(&self, uri: &ObjectUri, into: &Path, max_bytes: u64) -> Result<u64, FetchError> {
-        let (root, uri, into) = (self.root.clone(), uri.clone(), into.to_owned());
+    async fn fetch(&self, account: &str, uri: &ObjectUri, into: &Path, max_bytes: u64) -> Result<u64, FetchError> {
+        let store = self.store(account).await;
+        let store = store.map_err(|e| FetchError::Io { uri: uri.to_string(), source: io::Error::other(e) })?;
+        let (root, uri, into) = (store.root, uri.clone(), into.to_owned());
         let name = uri.to_string();
         tokio::task::spawn_blocking(move || copy_object(&root, &uri, &into, max_bytes))
             .await
             .unwrap_or_else(|e| Err(FetchError::Io { uri: name, source: io::Error::other(e) }))
     }
 
-    async fn put(&self, bucket: &str, key: &str, file: &Path) -> Result<(), PutError> {
+    async fn put(&self, account: &str, bucket: &str, key: &str, file: &Path) -> Result<(), PutError> {
         let uri = ObjectUri::new(bucket, key)?;
         let error = |source| PutError::Io { bucket: bucket.to_owned(), key: key.to_owned(), source };
 
-        self.ensure_bucket(uri.bucket()).await.map_err(error)?;
+        let store = self.store(account).await.map_err(io::Error::other).map_err(error)?;
+        store.ensure_bucket(uri.bucket()).await.map_err(error)?;
         let file = tokio::fs::File::open(file).await.map_err(error)?;
         let bytes = file.metadata().await.map_err(error)?.len();
         let body = Body::http_body_unsync(StreamBody::new(ReaderStream::with_capacity(file, 64 << 10).map_ok(Frame::data)));
@@ -116,7 +174,7 @@ impl Objects for LocalObjects {
         let request =
             Request::put(format!("http://127.0.0.1/{}{path}", uri.bucket())).header("host", "127.0.0.1").header("content-length", bytes);
 
-        let response = self.call_trusted(request, body).await.map_err(error)?;
+        let response = store.call_trusted(request, body).await.map_err(error)?;
         if response.status() == StatusCode::OK {
             return Ok(());
         }
@@ -166,14 +224,14 @@ fn copy_object(root: &Path, uri: &ObjectUri, into: &Path, max_bytes: u64) -> Res
     })
 }
 
-struct Keys(HashMap<String, SecretKey>);
+struct Secrets(Arc<dyn Principals>);
 
 #[async_trait]
-impl S3Auth for Keys {
+impl S3Auth for Secrets {
     async fn get_secret_key(&self, access_key: &str) -> S3Result<SecretKey> {
         self.0
-            .get(access_key)
-            .cloned()
+            .secret(access_key)
+            .map(SecretKey::from)
             .ok_or_else(|| s3_error!(InvalidAccessKeyId, "The AWS Access Key Id you provided does not exist in our records."))
     }
 }
@@ -195,7 +253,7 @@ impl S3Host for LocalhostBuckets {
 /// The embedded S3 as a service for one listener. Cheap to clone.
 #[derive(Clone)]
 pub struct S3Service {
-    protocol: Protocol,
+    objects: LocalObjects,
     access: Access,
 }
 
@@ -213,19 +271,27 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let protocol = self.protocol.clone();
+        let objects = self.objects.clone();
+        let account = match self.access {
+            Access::Signed => objects.0.account_of(&request),
+            Access::Trusted => objects.0.default_account.clone(),
+        };
         let mut request = request.map(Body::http_body_unsync);
         request.extensions_mut().clear();
         if self.access == Access::Trusted {
             request.extensions_mut().insert(Trusted);
         }
         Box::pin(async move {
-            Ok(protocol.call(request).await.unwrap_or_else(|error| {
+            let failed = |error: &dyn std::fmt::Debug| {
                 tracing::error!(?error, "the object store failed");
                 let mut response = Response::new(Body::empty());
                 *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
                 response
-            }))
+            };
+            Ok(match objects.store(&account).await {
+                Ok(store) => store.protocol.call(request).await.unwrap_or_else(|error| failed(&error)),
+                Err(error) => failed(&error),
+            })
         })
     }
 }
@@ -236,6 +302,26 @@ mod tests {
 
     use super::*;
 
+    const MINE: &str = "000000000000";
+    const THEIRS: &str = "111111111111";
+
+    /// Knows no key.
+    struct Nobody;
+
+    impl Principals for Nobody {
+        fn secret(&self, _: &str) -> Option<String> {
+            None
+        }
+
+        fn account(&self, _: &str, _: Option<&str>) -> Result<String, crate::Refused> {
+            Err(crate::Refused::Unknown)
+        }
+
+        fn allow(&self, _: &str, _: Option<&str>, _: &str, _: &str) -> Result<(), crate::Refused> {
+            Err(crate::Refused::Unknown)
+        }
+    }
+
     struct Store {
         directory: tempfile::TempDir,
         objects: LocalObjects,
@@ -244,8 +330,7 @@ mod tests {
     impl Store {
         fn new() -> Self {
             let directory = tempfile::tempdir().unwrap();
-            let key = AccessKey { id: "AKID".to_owned(), secret: "secret".to_owned() };
-            let objects = LocalObjects::open(&directory.path().join("objects"), [key]).unwrap();
+            let objects = LocalObjects::open(&directory.path().join("objects"), MINE, Arc::new(Nobody)).unwrap();
             Self { directory, objects }
         }
 
@@ -256,7 +341,7 @@ mod tests {
         async fn with_object(key: &str, content: &[u8]) -> Self {
             let store = Self::new();
             std::fs::write(store.path("source"), content).unwrap();
-            store.objects.put("artifacts", key, &store.path("source")).await.unwrap();
+            store.objects.put(MINE, "artifacts", key, &store.path("source")).await.unwrap();
             store
         }
 
@@ -270,7 +355,7 @@ mod tests {
         }
 
         async fn fetch(&self, uri: &str, max_bytes: u64) -> Result<u64, FetchError> {
-            self.objects.fetch(&ObjectUri::parse(uri).unwrap(), &self.path("fetched"), max_bytes).await
+            self.objects.fetch(MINE, &ObjectUri::parse(uri).unwrap(), &self.path("fetched"), max_bytes).await
         }
     }
 
@@ -304,6 +389,19 @@ mod tests {
             assert_eq!((error.reason_code(), error.to_string().as_str()), (code, message));
             assert!(!store.path("fetched").exists());
         }
+    }
+
+    #[tokio::test]
+    async fn an_account_has_buckets_of_its_own() {
+        let store = Store::with_object("demo.zip", b"mine").await;
+        let uri = ObjectUri::parse("s3://artifacts/demo.zip").unwrap();
+        let fetch = async |account: &str, name: &str| store.objects.fetch(account, &uri, &store.path(name), 9).await;
+        assert_eq!(fetch(THEIRS, "nothing").await.unwrap_err().reason_code(), "S3_NO_SUCH_BUCKET");
+        std::fs::write(store.path("source"), b"theirs").unwrap();
+        store.objects.put(THEIRS, "artifacts", "demo.zip", &store.path("source")).await.unwrap();
+        assert_eq!((fetch(MINE, "mine").await.unwrap(), fetch(THEIRS, "theirs").await.unwrap()), (4, 6));
+        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(store.path("objects-111111111111")).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o700);
     }
 
     #[tokio::test]
@@ -355,7 +453,7 @@ mod tests {
     async fn names_that_are_no_buckets_cannot_be_put() {
         let store = Store::with_object("demo.zip", b"content").await;
         for (bucket, key) in [("..", "x"), ("artifacts", "../x"), ("artifacts", "/x"), ("UPPER", "x")] {
-            let error = store.objects.put(bucket, key, &store.path("source")).await.unwrap_err();
+            let error = store.objects.put(MINE, bucket, key, &store.path("source")).await.unwrap_err();
             assert!(matches!(error, PutError::InvalidName(_)), "{bucket} {key}");
         }
     }

@@ -125,7 +125,7 @@ impl Pipeline {
         let uri = &self.job.spec.code_artifact_uri;
         self.say(format!("Fetching {uri}.")).await;
         let parsed = ObjectUri::parse(uri).map_err(|error| format!("S3_INVALID_OBJECT: {error}"))?;
-        match self.shared.objects.fetch(&parsed, archive, self.shared.settings.max_artifact_bytes).await {
+        match self.shared.objects.fetch(&self.image.account, &parsed, archive, self.shared.settings.max_artifact_bytes).await {
             Ok(_) => Ok(()),
             Err(error) => {
                 tracing::info!(build = self.job.build_id, %error, "an artifact could not be fetched");

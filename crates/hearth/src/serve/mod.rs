@@ -9,12 +9,13 @@ mod listen;
 mod logging;
 mod signals;
 
-use std::{io::Write, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{io::Write, net::SocketAddr, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use hearth_api::{Auth, Credential};
+use hearth_api::Auth;
 use hearth_build::{Builder, BuilderConfig};
 use hearth_control::{Control, Deps, Settings, logs::LogStore, token::Keyring, types::Caller};
+use hearth_identity::Directory;
 use hearth_ingress::{EndpointCertificates, IngressConfig, LocalCa};
 use hearth_machine::{
     Engine,
@@ -22,7 +23,7 @@ use hearth_machine::{
     network::Slots,
     qemu::{Accelerator, Qemu},
 };
-use hearth_objects::{Access, AccessKey, LocalObjects};
+use hearth_objects::{Access, LocalObjects};
 use hearth_store::Store;
 use tokio::net::UnixListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -35,6 +36,7 @@ use crate::{
     credentials::{Credentials, Origin},
     data_dir::{DataDir, Lock},
     doctor,
+    iam::{self, ObjectPrincipals},
     verbs::env,
 };
 
@@ -82,6 +84,7 @@ struct Prepared {
     lock: Lock,
     listeners: Listeners,
     credentials: Vec<Credentials>,
+    principals: Arc<Directory>,
     origin: Origin,
     ca: LocalCa,
     store: Store,
@@ -105,14 +108,14 @@ impl Prepared {
         hearth_ingress::write_bundle(hearth_ingress::system_bundle().as_deref(), &ca, &dir.ca_bundle())
             .with_context(|| format!("writing {}", dir.ca_bundle().display()))?;
         let store = Store::open(&dir.database()).await?;
-        let keys = credentials.iter().map(|pair| AccessKey { id: pair.access_key_id.clone(), secret: pair.secret_access_key.clone() });
-        let objects = LocalObjects::open(&dir.objects(), keys)?;
+        let principals = Arc::new(iam::directory(&config, &dir, &credentials)?);
+        let objects = LocalObjects::open(&dir.objects(), &config.account, Arc::new(ObjectPrincipals(Arc::clone(&principals))))?;
         let keyring = Keyring::load_or_create(&dir.keys())?;
         let kit = Kit::open(&doctor::find_kit(&config))?;
         let builder = builder(&config, &dir, &kit).await?;
         let accelerator = doctor::accelerator(&facts, &config);
         tracing::info!(accelerator = accelerator.name(), choice = ?config.engine, kvm = %facts.kvm, "engine chosen");
-        Ok(Self { config, dir, lock, listeners, credentials, origin, ca, store, objects, keyring, kit, builder, accelerator })
+        Ok(Self { config, dir, lock, listeners, credentials, principals, origin, ca, store, objects, keyring, kit, builder, accelerator })
     }
 }
 
@@ -129,8 +132,22 @@ struct Server {
 
 impl Server {
     async fn start(prepared: Prepared) -> anyhow::Result<Self> {
-        let Prepared { config, dir, lock, listeners, credentials, origin, ca, store, objects, keyring, kit, builder, accelerator } =
-            prepared;
+        let Prepared {
+            config,
+            dir,
+            lock,
+            listeners,
+            credentials,
+            principals,
+            origin,
+            ca,
+            store,
+            objects,
+            keyring,
+            kit,
+            builder,
+            accelerator,
+        } = prepared;
         let first = credentials.first().context("there are no credentials")?;
         let engine = engine(&config, &dir, kit, accelerator).await?;
         let logs = LogStore::new(dir.logs(), config.log_retention());
@@ -161,7 +178,7 @@ impl Server {
             pid: std::process::id(),
         };
         let server = Self { dir, control, engine, stop: CancellationToken::new(), listeners: TaskTracker::new(), _lock: lock };
-        let listening = server.listen(&config, listeners, ca, &objects, logs, &credentials);
+        let listening = server.listen(&config, listeners, ca, &objects, logs, principals);
         if let Err(error) = listening.and_then(|()| connect.publish(&server.dir).context("writing connect.json")) {
             server.stop().await?;
             return Err(error);
@@ -178,26 +195,23 @@ impl Server {
         ca: LocalCa,
         objects: &LocalObjects,
         logs: Arc<LogStore>,
-        credentials: &[Credentials],
+        principals: Arc<Directory>,
     ) -> anyhow::Result<()> {
         let administrator = Caller {
             account: config.account.clone(),
             region: config.region.clone(),
             principal: format!("arn:aws:iam::{}:root", config.account),
         };
-        let credentials = credentials.iter().map(|pair| Credential {
-            access_key_id: pair.access_key_id.clone(),
-            secret_access_key: pair.secret_access_key.clone(),
-            account: administrator.account.clone(),
-            principal: administrator.principal.clone(),
-        });
         let api = |auth, access| {
-            let settings = hearth_api::Settings { region: Some(config.region.clone()), min_idle_seconds: config.min_idle_seconds };
+            let settings = hearth_api::Settings { regions: config.served_regions(), min_idle_seconds: config.min_idle_seconds };
             hearth_api::service(self.control.clone(), objects.service(access), auth, settings)
         };
 
-        let signed = api(Auth::SigV4(credentials.collect()), Access::Signed);
-        self.listeners.spawn(run_api("api", listeners.api, signed, self.stop.clone()));
+        let signed = api(Auth::SigV4(Arc::clone(&principals)), Access::Signed);
+        // Policies may ask where a request comes from.
+        let signed = signed.into_make_service_with_connect_info::<SocketAddr>();
+        let served = axum::serve(listeners.api, signed).with_graceful_shutdown(self.stop.clone().cancelled_owned());
+        self.listeners.spawn(run_api("api", served, self.stop.clone()));
 
         let admin = Admin {
             plane: self.control.clone(),
@@ -208,9 +222,12 @@ impl Server {
             caller: administrator.clone(),
             tmp: self.dir.tmp(),
         };
-        let trusted = admin::router(admin).merge(api(Auth::Trusted(administrator), Access::Trusted));
+        let trusted = admin::router(admin)
+            .merge(iam::router(Arc::clone(&principals), administrator.account.clone()))
+            .merge(api(Auth::Trusted(administrator, principals), Access::Trusted));
         let socket: UnixListener = self.dir.listen().with_context(|| format!("listening on {}", self.dir.socket().display()))?;
-        self.listeners.spawn(run_api("administrator's socket", socket, trusted, self.stop.clone()));
+        let served = axum::serve(socket, trusted).with_graceful_shutdown(self.stop.clone().cancelled_owned());
+        self.listeners.spawn(run_api("administrator's socket", served, self.stop.clone()));
 
         let tls = hearth_ingress::server_config(Arc::new(EndpointCertificates::new(ca, &config.domain)))?;
         let endpoints = hearth_ingress::serve(listeners.endpoints, tls, self.control.clone(), IngressConfig::default(), self.stop.clone());
@@ -277,18 +294,16 @@ fn settings(config: &ServeConfig, dir: &DataDir) -> Settings {
 }
 
 /// Serves one listener until the stop, then lets what is under way end, for a while.
-async fn run_api<L>(name: &'static str, listener: L, router: axum::Router, stop: CancellationToken)
+async fn run_api<S>(name: &'static str, served: S, stop: CancellationToken)
 where
-    L: axum::serve::Listener,
-    L::Addr: std::fmt::Debug,
+    S: IntoFuture<Output = std::io::Result<()>>,
 {
-    let served = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
     let late = async {
         stop.cancelled().await;
         tokio::time::sleep(DRAIN).await;
     };
     tokio::select! {
-        served = served => if let Err(error) = served {
+        served = served.into_future() => if let Err(error) = served {
             tracing::error!(name, %error, "a listener failed");
         },
         () = late => tracing::debug!(name, "what clients had under way was cut"),

@@ -2,6 +2,7 @@
 
 pub mod endpoint;
 pub mod env;
+pub mod iam;
 pub mod image;
 pub mod logs;
 pub mod microvm;
