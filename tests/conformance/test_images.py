@@ -72,7 +72,7 @@ def test_create_echoes_what_it_was_given(microvms, things):
 @pytest.mark.compat("image.states")
 def test_a_build_that_succeeds_makes_the_image_created_and_its_version_active(microvms, things):
     """SPEC 2.1, 6.2."""
-    image = microvms.get_microvm_image(imageIdentifier=things.image.arn)
+    image = things.image.settled
     assert image["state"] == "CREATED"
     assert image["latestActiveImageVersion"] == "1.0" and image.get("latestFailedImageVersion") is None
     version = microvms.get_microvm_image_version(imageIdentifier=things.image.arn, imageVersion="1.0")

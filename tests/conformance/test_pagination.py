@@ -23,7 +23,7 @@ def rows(things, microvms, connectors):
     image = broken[0].arn
     for version in range(2, FEW + 1):
         microvms.update_microvm_image(imageIdentifier=image, **things.spec("s3://no-such-bucket/nothing.zip"))
-        support.wait_image(things._server, image, "UPDATE_FAILED")
+        support.wait_image(things.server, image, "UPDATE_FAILED")
     started = [things.run(wait=None) for _ in range(FEW)]
     for microvm in started:
         microvm.terminate()

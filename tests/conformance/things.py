@@ -36,14 +36,17 @@ UNKNOWN_IMAGE = image_arn("unknown")
 
 
 class Image:
-    def __init__(self, created: dict):
+    """What creating an image answered, and what it was when its build had ended."""
+
+    def __init__(self, created: dict, settled: dict):
         self.arn: str = created["imageArn"]
         self.created = created
+        self.settled = settled
 
 
 class Things:
     def __init__(self, server: Server, microvms):
-        self._server = server
+        self.server = server
         self._client = microvms
         self._started: list[Microvm] = []
         self._numbers = itertools.count(1)
@@ -63,7 +66,7 @@ class Things:
 
     @functools.cached_property
     def uri(self) -> str:
-        return support.upload(self._server, "static-server.zip", support.zip_directory(STATIC_SERVER))
+        return support.upload(self.server, "static-server.zip", support.zip_directory(STATIC_SERVER))
 
     @functools.cached_property
     def image(self) -> Image:
@@ -72,22 +75,20 @@ class Things:
 
     def build(self, name: str, **options) -> Image:
         created = self._client.create_microvm_image(name=name, **(self.spec(self.uri) | options))
-        support.wait_image(self._server, created["imageArn"], "CREATED")
-        return Image(created)
+        return Image(created, support.wait_image(self.server, created["imageArn"], "CREATED"))
 
     def broken(self, name: str | None = None, **options) -> Image:
         """An image whose build fails at once, because there is no archive. It has everything but an active version."""
         spec = self.spec("s3://no-such-bucket/nothing.zip") | options
         created = self._client.create_microvm_image(name=name or self.name("broken"), **spec)
-        support.wait_image(self._server, created["imageArn"], "CREATE_FAILED")
-        return Image(created)
+        return Image(created, support.wait_image(self.server, created["imageArn"], "CREATE_FAILED"))
 
     @functools.cached_property
     def failed(self) -> Image:
         return self.broken(tags={"team": "conformance"}, environmentVariables={"MODE": "test"}, description="no archive")
 
     def run(self, wait: str | None = "RUNNING", **options) -> Microvm:
-        microvm = support.run_microvm(self._server, options.pop("imageIdentifier", None) or self.image.arn, **options)
+        microvm = support.run_microvm(self.server, options.pop("imageIdentifier", None) or self.image.arn, **options)
         self._started.append(microvm)
         if wait:
             microvm.wait(wait)
@@ -95,7 +96,7 @@ class Things:
 
     def adopt(self, description: dict) -> Microvm:
         """A MicroVM that another client started, to be ended with the others."""
-        microvm = Microvm(self._server, description)
+        microvm = Microvm(self.server, description)
         self._started.append(microvm)
         return microvm
 
