@@ -7,6 +7,7 @@
 
 mod auth;
 mod authorize;
+mod connectors;
 mod error;
 mod model;
 mod operations;

@@ -8,16 +8,18 @@ use serde_json::{Map, Value, json};
 use hearth_control::{
     arn::managed_connector,
     plane::ControlPlane,
-    types::{Caller, CreateImage, IdlePolicy, ImageSpec, MicrovmFilter, Page, PageRequest, RunMicrovm},
+    types::{Caller, CreateImage, IdlePolicy, ImageSpec, MicrovmFilter, Page, PageRequest, RunMicrovm, UpdateImage},
 };
 
 use crate::{
+    connectors,
     error::ApiError,
     rules,
     wire::{
         ARCHITECTURE, AuthTokenInput, BuildDetail, BuildInput, BuildItem, CHIPSET, CHIPSET_GENERATION, CreateImageInput, CreatedImage,
-        DeletedImage, ImageInput, ImageItem, ImageSummary, ItemList, ListInput, MicrovmDetail, MicrovmInput, MicrovmItem, RunInput,
-        Version, VersionInput,
+        DeletedImage, DeletedVersion, ImageInput, ImageItem, ImageSummary, ItemList, ListInput, ManagedImageItem, ManagedVersionItem,
+        MicrovmDetail, MicrovmInput, MicrovmItem, RunInput, ShellTokenInput, SpecInput, TagsInput, UpdateImageInput, UpdatedImage, Version,
+        VersionInput, VersionStatusInput,
     },
 };
 
@@ -29,6 +31,7 @@ pub(crate) async fn perform(plane: &dyn ControlPlane, caller: &Caller, name: &st
     let input = Value::Object(input);
     match name {
         "CreateMicrovmImage" => create_image(plane, caller, read(input)?).await,
+        "UpdateMicrovmImage" => update_image(plane, caller, read(input)?).await,
         "GetMicrovmImage" => {
             let image = image_identifier(caller, input)?;
             write(ImageSummary::from(plane.get_image(caller, &image).await?))
@@ -46,6 +49,18 @@ pub(crate) async fn perform(plane: &dyn ControlPlane, caller: &Caller, name: &st
             rules::check_image_identifier(caller, &input.image_identifier)?;
             write(Version::from(plane.get_image_version(caller, &input.image_identifier, &input.image_version).await?))
         }
+        "UpdateMicrovmImageVersion" => {
+            let input: VersionStatusInput = read(input)?;
+            rules::check_image_identifier(caller, &input.image_identifier)?;
+            let changed = plane.set_version_status(caller, &input.image_identifier, &input.image_version, input.status).await?;
+            write(Version::from(changed))
+        }
+        "DeleteMicrovmImageVersion" => {
+            let input: VersionInput = read(input)?;
+            rules::check_image_identifier(caller, &input.image_identifier)?;
+            let deleted = plane.delete_image_version(caller, &input.image_identifier, &input.image_version).await?;
+            write(DeletedVersion::from(deleted))
+        }
         "ListMicrovmImageVersions" => {
             let image = image_identifier(caller, input.clone())?;
             let versions = plane.list_image_versions(caller, &image, page(&read(input)?)).await?;
@@ -58,6 +73,12 @@ pub(crate) async fn perform(plane: &dyn ControlPlane, caller: &Caller, name: &st
             write(BuildDetail::from(build))
         }
         "ListMicrovmImageBuilds" => list_builds(plane, caller, input).await,
+        "ListManagedMicrovmImages" => write_page::<_, ManagedImageItem>(plane.list_managed_images(caller, page(&read(input)?)).await?),
+        "ListManagedMicrovmImageVersions" => {
+            let image = image_identifier(caller, input.clone())?;
+            let versions = plane.list_managed_image_versions(caller, &image, page(&read(input)?)).await?;
+            write_page::<_, ManagedVersionItem>(versions)
+        }
         "RunMicrovm" => run_microvm(plane, caller, read(input)?).await,
         "GetMicrovm" => write(MicrovmDetail::from(plane.get_microvm(caller, &microvm_identifier(input)?).await?)),
         "ListMicrovms" => list_microvms(plane, caller, read(input)?).await,
@@ -65,11 +86,39 @@ pub(crate) async fn perform(plane: &dyn ControlPlane, caller: &Caller, name: &st
         "ResumeMicrovm" => done(plane.resume_microvm(caller, &microvm_identifier(input)?).await?),
         "TerminateMicrovm" => done(plane.terminate_microvm(caller, &microvm_identifier(input)?).await?),
         "CreateMicrovmAuthToken" => create_auth_token(plane, caller, read(input)?).await,
-        _ => Err(ApiError::not_yet(name)),
+        "CreateMicrovmShellAuthToken" => create_shell_token(plane, caller, read(input)?).await,
+        "TagResource" => {
+            let TagsInput { resource, tags, .. } = read(input)?;
+            done(plane.tag_resource(caller, &resource, tags).await?)
+        }
+        "UntagResource" => {
+            let TagsInput { resource, tag_keys, .. } = read(input)?;
+            done(plane.untag_resource(caller, &resource, tag_keys).await?)
+        }
+        "ListTags" => {
+            let TagsInput { resource, .. } = read(input)?;
+            Ok(json!({"Tags": plane.list_tags(caller, &resource).await?}))
+        }
+        _ => connectors::perform(plane, caller, name, input).await,
     }
 }
 
 async fn create_image(plane: &dyn ControlPlane, caller: &Caller, input: CreateImageInput) -> Result<Value, ApiError> {
+    let spec = spec(caller, input.spec)?;
+    let request = CreateImage { name: input.name, spec, tags: input.tags, client_token: input.client_token };
+    let (image, version) = plane.create_image(caller, request).await?;
+    write(CreatedImage::new(image, version))
+}
+
+async fn update_image(plane: &dyn ControlPlane, caller: &Caller, input: UpdateImageInput) -> Result<Value, ApiError> {
+    rules::check_image_identifier(caller, &input.image_identifier)?;
+    let request = UpdateImage { spec: spec(caller, input.spec)?, client_token: input.client_token };
+    let (image, version) = plane.update_image(caller, &input.image_identifier, request).await?;
+    write(UpdatedImage::new(image, version))
+}
+
+/// What an image version is to be made of. What is not said has its default: nothing is inherited from other versions.
+fn spec(caller: &Caller, input: SpecInput) -> Result<ImageSpec, ApiError> {
     let memory_mib = rules::check_image(caller, &input)?;
     let capabilities = input.additional_os_capabilities;
     let all_capabilities = capabilities.as_ref().is_some_and(|list| list.iter().any(|capability| capability == "ALL"));
@@ -79,7 +128,7 @@ async fn create_image(plane: &dyn ControlPlane, caller: &Caller, input: CreateIm
         ("hooks", input.hooks),
         ("logging", input.logging),
     ];
-    let spec = ImageSpec {
+    Ok(ImageSpec {
         base_image_arn: input.base_image_arn,
         base_image_version: input.base_image_version,
         build_role_arn: input.build_role_arn,
@@ -90,10 +139,7 @@ async fn create_image(plane: &dyn ControlPlane, caller: &Caller, input: CreateIm
         environment: input.environment_variables,
         all_capabilities,
         echoed: echoed.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect::<BTreeMap<_, _>>(),
-    };
-    let request = CreateImage { name: input.name, spec, tags: input.tags, client_token: input.client_token };
-    let (image, version) = plane.create_image(caller, request).await?;
-    write(CreatedImage::new(image, version))
+    })
 }
 
 async fn list_builds(plane: &dyn ControlPlane, caller: &Caller, input: Value) -> Result<Value, ApiError> {
@@ -146,6 +192,13 @@ async fn create_auth_token(plane: &dyn ControlPlane, caller: &Caller, input: Aut
     Ok(json!({"authToken": {TOKEN_HEADER: token}}))
 }
 
+async fn create_shell_token(plane: &dyn ControlPlane, caller: &Caller, input: ShellTokenInput) -> Result<Value, ApiError> {
+    rules::check_expiration(input.expiration_in_minutes)?;
+    let lifetime = Duration::from_secs(u64::from(input.expiration_in_minutes) * 60);
+    let token = plane.create_shell_token(caller, &input.microvm_identifier, lifetime).await?;
+    Ok(json!({"authToken": {TOKEN_HEADER: token}}))
+}
+
 fn image_identifier(caller: &Caller, input: Value) -> Result<String, ApiError> {
     let input: ImageInput = read(input)?;
     rules::check_image_identifier(caller, &input.image_identifier)?;
@@ -165,11 +218,11 @@ fn or_managed(caller: &Caller, connectors: Vec<String>, managed: &str) -> Vec<St
 }
 
 /// The model has been checked, so that a failure here is a difference between the model and our types.
-fn read<T: DeserializeOwned>(input: Value) -> Result<T, ApiError> {
+pub(crate) fn read<T: DeserializeOwned>(input: Value) -> Result<T, ApiError> {
     serde_json::from_value(input).map_err(|e| ApiError::internal(format!("input passed the model but not the operation: {e}")))
 }
 
-fn write(output: impl Serialize) -> Result<Value, ApiError> {
+pub(crate) fn write(output: impl Serialize) -> Result<Value, ApiError> {
     serde_json::to_value(output).map_err(|e| ApiError::internal(format!("output cannot be written: {e}")))
 }
 

@@ -1,13 +1,13 @@
 //! Rules that AWS keeps beyond its model and that need nothing but the request, with its messages (SPEC 3.3).
 
 use hearth_control::{
-    arn::managed_connector,
+    arn::{ConnectorArn, MANAGED_EGRESS, MANAGED_INGRESS, managed_connector},
     types::{Caller, PortSpec},
 };
 
 use crate::{
     error::ApiError,
-    wire::{CreateImageInput, PortSpecification, RunInput},
+    wire::{PortSpecification, RunInput, SpecInput},
 };
 
 /// Memory of a MicroVM when the caller names none, in MiB.
@@ -18,11 +18,9 @@ pub(crate) const DEFAULT_DURATION_SECONDS: u32 = 28_800;
 const MEMORY_SIZES_MIB: [u32; 5] = [512, 1024, 2048, 4096, 8192];
 const MAX_TOKEN_MINUTES: u32 = 60;
 const RESERVED_ENVIRONMENT: [&str; 1] = ["AWS_REGION"];
-const INGRESS: [&str; 4] = ["HTTP_INGRESS", "SHELL_INGRESS", "ALL_INGRESS", "NO_INGRESS"];
-const EGRESS: [&str; 1] = ["INTERNET_EGRESS"];
 
-/// Checks an image to create; returns its memory in MiB.
-pub(crate) fn check_image(caller: &Caller, input: &CreateImageInput) -> Result<u32, ApiError> {
+/// Checks what an image version is to be made of; returns its memory in MiB.
+pub(crate) fn check_image(caller: &Caller, input: &SpecInput) -> Result<u32, ApiError> {
     let uri = input.code_artifact.uri.strip_prefix("s3://").and_then(|rest| rest.split_once('/'));
     if !uri.is_some_and(|(bucket, key)| !bucket.is_empty() && !key.is_empty()) {
         return Err(ApiError::validation("CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>"));
@@ -38,11 +36,11 @@ pub(crate) fn check_image(caller: &Caller, input: &CreateImageInput) -> Result<u
         return Err(ApiError::validation(format!("Environment variable key '{key}' is reserved")));
     }
     check_hooks(input)?;
-    check_connectors(caller, &input.egress_network_connectors, &EGRESS)?;
+    check_connectors(caller, &input.egress_network_connectors, Direction::Out)?;
     memory(input)
 }
 
-fn memory(input: &CreateImageInput) -> Result<u32, ApiError> {
+fn memory(input: &SpecInput) -> Result<u32, ApiError> {
     let Some(resources) = input.resources.first() else { return Ok(DEFAULT_MEMORY_MIB) };
     let asked = resources.minimum_memory_in_mib;
     MEMORY_SIZES_MIB.into_iter().find(|size| i64::from(*size) == i64::from(asked)).ok_or_else(|| {
@@ -53,7 +51,7 @@ fn memory(input: &CreateImageInput) -> Result<u32, ApiError> {
     })
 }
 
-fn check_hooks(input: &CreateImageInput) -> Result<(), ApiError> {
+fn check_hooks(input: &SpecInput) -> Result<(), ApiError> {
     let enabled = |group: &str, hook: &str| input.hooks.as_ref().is_some_and(|hooks| hooks[group][hook] == "ENABLED");
     let lifecycle = ["run", "resume", "suspend", "terminate"].iter().any(|hook| enabled("microvmHooks", hook));
     if lifecycle && !enabled("microvmImageHooks", "ready") {
@@ -77,8 +75,8 @@ pub(crate) fn check_run(caller: &Caller, input: &RunInput) -> Result<(), ApiErro
     if input.egress_network_connectors.len() > 1 {
         return Err(ApiError::validation("Only one egress network connector can be provided"));
     }
-    check_connectors(caller, &input.ingress_network_connectors, &INGRESS)?;
-    check_connectors(caller, &input.egress_network_connectors, &EGRESS)
+    check_connectors(caller, &input.ingress_network_connectors, Direction::In)?;
+    check_connectors(caller, &input.egress_network_connectors, Direction::Out)
 }
 
 /// The form `microvm-image/<name>` is what AWS refuses as another's resource.
@@ -92,23 +90,36 @@ pub(crate) fn check_image_identifier(caller: &Caller, identifier: &str) -> Resul
     Ok(())
 }
 
-fn check_connectors(caller: &Caller, connectors: &[String], managed: &[&str]) -> Result<(), ApiError> {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    In,
+    Out,
+}
+
+/// Checks the form of connectors, and that managed ones exist. Users' connectors all lead out; the domain knows which there are.
+fn check_connectors(caller: &Caller, connectors: &[String], direction: Direction) -> Result<(), ApiError> {
+    let managed = if direction == Direction::In { MANAGED_INGRESS.as_slice() } else { MANAGED_EGRESS.as_slice() };
     for connector in connectors {
-        match connector.split(':').collect::<Vec<_>>().as_slice() {
-            ["arn", partition, "lambda", _, "aws", "network-connector", ..] if partition.starts_with("aws") => {
-                if !managed.iter().any(|name| *connector == managed_connector(&caller.region, name)) {
-                    return Err(ApiError::validation(format!("Unrecognized managed network connector ARN: {connector}")));
-                }
+        match ConnectorArn::parse(connector) {
+            Some(ConnectorArn::User { .. }) if direction == Direction::Out => {}
+            Some(ConnectorArn::User { .. }) => {
+                return Err(ApiError::validation(format!("Network connector {connector} is not an ingress network connector")));
             }
-            ["arn", partition, "lambda", region, account, "network-connector", name]
-                if partition.starts_with("aws") && !region.is_empty() && account.len() == 12 && !name.is_empty() =>
-            {
-                return Err(ApiError::not_yet(&format!("Use of the network connector {connector}")));
+            Some(ConnectorArn::Managed { .. }) if managed.iter().any(|name| *connector == managed_connector(&caller.region, name)) => {}
+            _ if is_managed(connector) => {
+                return Err(ApiError::validation(format!("Unrecognized managed network connector ARN: {connector}")));
             }
             _ => return Err(ApiError::validation("Malformed network connector ARN")),
         }
     }
     Ok(())
+}
+
+fn is_managed(connector: &str) -> bool {
+    matches!(
+        connector.split(':').collect::<Vec<_>>().as_slice(),
+        ["arn", partition, "lambda", _, "aws", "network-connector", ..] if partition.starts_with("aws")
+    )
 }
 
 /// Checks the lifetime of a token, in minutes.

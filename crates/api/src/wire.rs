@@ -8,7 +8,8 @@ use serde_json::Value;
 use time::{OffsetDateTime, macros::format_description};
 
 use hearth_control::types::{
-    Build, BuildState, Image, ImageSpec, ImageState, ImageVersion, Microvm, MicrovmState, VersionState, VersionStatus,
+    Build, BuildState, Image, ImageSpec, ImageState, ImageVersion, ManagedImage, ManagedImageVersion, Microvm, MicrovmState, VersionState,
+    VersionStatus,
 };
 
 /// What the build targets: the host's own architecture, since guests run on it.
@@ -22,6 +23,26 @@ pub(crate) const CHIPSET_GENERATION: &str = "1";
 #[serde(rename_all = "camelCase")]
 pub(crate) struct CreateImageInput {
     pub name: String,
+    #[serde(flatten)]
+    pub spec: SpecInput,
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+    pub client_token: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct UpdateImageInput {
+    pub image_identifier: String,
+    #[serde(flatten)]
+    pub spec: SpecInput,
+    pub client_token: Option<String>,
+}
+
+/// What an image version is made of.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct SpecInput {
     pub base_image_arn: String,
     pub base_image_version: Option<String>,
     pub build_role_arn: String,
@@ -36,9 +57,6 @@ pub(crate) struct CreateImageInput {
     pub additional_os_capabilities: Option<Vec<String>>,
     pub hooks: Option<Value>,
     pub environment_variables: Option<BTreeMap<String, String>>,
-    #[serde(default)]
-    pub tags: BTreeMap<String, String>,
-    pub client_token: Option<String>,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -92,6 +110,14 @@ pub(crate) struct VersionInput {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
+pub(crate) struct VersionStatusInput {
+    pub image_identifier: String,
+    pub image_version: String,
+    pub status: VersionStatus,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct BuildInput {
     pub image_identifier: String,
     pub image_version: String,
@@ -124,6 +150,23 @@ pub(crate) struct AuthTokenInput {
     pub microvm_identifier: String,
     pub expiration_in_minutes: u32,
     pub allowed_ports: Vec<PortSpecification>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ShellTokenInput {
+    pub microvm_identifier: String,
+    pub expiration_in_minutes: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct TagsInput {
+    pub resource: String,
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+    #[serde(default)]
+    pub tag_keys: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -199,6 +242,25 @@ impl CreatedImage {
     }
 }
 
+/// What is told of a created image, but for its tags.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct UpdatedImage {
+    #[serde(flatten)]
+    image: ImageItem,
+    #[serde(flatten)]
+    inputs: Inputs,
+    image_version: String,
+    updated_at: Option<f64>,
+}
+
+impl UpdatedImage {
+    pub fn new(image: Image, version: ImageVersion) -> Self {
+        let updated_at = epoch(image.updated_at);
+        Self { image: image.into(), inputs: version.spec.into(), image_version: version.version, updated_at }
+    }
+}
+
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ImageItem {
@@ -251,6 +313,60 @@ pub(crate) struct DeletedImage {
 impl From<Image> for DeletedImage {
     fn from(image: Image) -> Self {
         Self { image_identifier: image.arn, state: image.state }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct DeletedVersion {
+    image_identifier: String,
+    image_version: String,
+    state: VersionState,
+}
+
+impl From<ImageVersion> for DeletedVersion {
+    fn from(version: ImageVersion) -> Self {
+        Self { image_identifier: version.image_arn, image_version: version.version, state: version.state }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ManagedImageItem {
+    created_at: Option<f64>,
+    image_arn: String,
+    updated_at: Option<f64>,
+}
+
+impl From<ManagedImage> for ManagedImageItem {
+    fn from(image: ManagedImage) -> Self {
+        Self { created_at: epoch(image.created_at), image_arn: image.arn, updated_at: epoch(image.created_at) }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ManagedVersionItem {
+    #[serde(flatten)]
+    image: ManagedImageItem,
+    image_version: String,
+    status: &'static str,
+    supported_cpu_configurations: [CpuConfiguration; 1],
+}
+
+#[derive(Serialize)]
+struct CpuConfiguration {
+    architecture: &'static str,
+}
+
+impl From<ManagedImageVersion> for ManagedVersionItem {
+    fn from(version: ManagedImageVersion) -> Self {
+        Self {
+            image: version.image.into(),
+            image_version: version.version,
+            status: "AVAILABLE",
+            supported_cpu_configurations: [CpuConfiguration { architecture: ARCHITECTURE }],
+        }
     }
 }
 

@@ -18,10 +18,13 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    connectors::Policies,
     cursor::Cursors,
     images::{self, Snapshots},
     logs::LogStore,
-    microvm, recovery,
+    microvm,
+    quota::Throttle,
+    recovery,
     registry::Registry,
     settings::Settings,
     sweep,
@@ -71,6 +74,7 @@ pub(crate) struct Inner {
     pub keyring: Arc<Keyring>,
     pub settings: Settings,
     pub cursors: Cursors,
+    pub throttle: Throttle,
     pub images: Arc<images::Shared>,
     pub image_handles: Mutex<HashMap<String, Arc<images::Handle>>>,
     pub microvms: Arc<microvm::Shared>,
@@ -92,6 +96,7 @@ impl Control {
         let (changes, _) = watch::channel(0);
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let snapshots = Arc::new(Snapshots::new(settings.data_dir.clone()));
+        let policies = Arc::new(Policies::new(store.clone(), settings.connectors.clone()));
         let images = Arc::new(images::Shared {
             store: store.clone(),
             engine: Arc::clone(&engine),
@@ -99,6 +104,7 @@ impl Control {
             objects,
             logs: Arc::clone(&logs),
             snapshots: Arc::clone(&snapshots),
+            policies: Arc::clone(&policies),
             turns: Semaphore::new(settings.max_concurrent_builds.max(1)),
             settings: settings.clone(),
             stop: stop.clone(),
@@ -109,6 +115,7 @@ impl Control {
             store: store.clone(),
             engine,
             snapshots,
+            policies,
             logs: Arc::clone(&logs),
             dir: settings.data_dir.join("microvms"),
             terminated: Notify::new(),
@@ -123,6 +130,7 @@ impl Control {
         let inner = Inner {
             store,
             keyring,
+            throttle: Throttle::new(settings.quotas),
             settings,
             cursors,
             images,

@@ -1,6 +1,7 @@
 //! [`ControlPlane`] for the API.
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -9,30 +10,31 @@ use std::{
 use async_trait::async_trait;
 use hearth_objects::ObjectUri;
 use hearth_store::{
-    ClientToken, CreateImage as Created, CreateMicrovm, DeleteImage, ImageRow, Keyset, NewImage, NewMicrovm, Scope, StoreError,
+    ClientToken, CreateImage as Created, CreateMicrovm, DeleteImage, ImageRow, Keyset, Made, NewImage, NewMicrovm, Scope, StoreError,
 };
 use uuid::Uuid;
 
 use crate::{
-    arn::{ImageArn, MANAGED_IMAGES, managed_connector, managed_image},
+    arn::{ImageArn, MANAGED_IMAGES, check_shell, managed_connector, managed_image},
     capacity,
     control::{Control, Inner},
     error::ControlError,
-    images::{self, Job, Shape},
+    images::{self, FIRST, Job, Shape},
+    managed,
     microvm::{self, Call, STOPPING},
     plane::ControlPlane,
+    quota::Counted,
     records::{self, MicrovmSpec, json, millis, time, version_name, version_number, word},
     token::Claims,
     types::{
-        Build, Caller, CreateImage, Image, ImageSpec, ImageState, ImageVersion, Microvm, MicrovmFilter, MicrovmState, Page, PageRequest,
-        PortSpec, RunMicrovm, VersionStatus,
+        Build, Caller, Connector, ConnectorState, ConnectorVersion, CreateConnector, CreateImage, Image, ImageSpec, ImageState,
+        ImageVersion, ManagedImage, ManagedImageVersion, Microvm, MicrovmFilter, MicrovmState, Page, PageRequest, PortSpec, RunMicrovm,
+        UpdateConnector, UpdateImage, VersionStatus,
     },
 };
 
-/// Records on a page if the caller does not say, and at most (SPEC 4.2).
-const PAGE: u32 = 50;
-/// Versions of the managed base images.
-const MANAGED_VERSIONS: [&str; 2] = ["1", "0"];
+/// Records on a page if the caller does not say, and at most in most lists (SPEC 4.2).
+pub(crate) const PAGE: u32 = 50;
 
 impl From<StoreError> for ControlError {
     fn from(error: StoreError) -> Self {
@@ -47,13 +49,18 @@ impl ControlPlane for Control {
         self.to_the_end(|inner| async move { inner.create_image(&caller, request).await }).await
     }
 
+    async fn update_image(&self, caller: &Caller, image: &str, request: UpdateImage) -> Result<(Image, ImageVersion), ControlError> {
+        let (caller, image) = (caller.clone(), image.to_owned());
+        self.to_the_end(|inner| async move { inner.update_image(&caller, &image, request).await }).await
+    }
+
     async fn get_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError> {
         Ok(records::image(self.inner.find_image(caller, image).await?)?)
     }
 
     async fn list_images(&self, caller: &Caller, name_filter: Option<&str>, page: PageRequest) -> Result<Page<Image>, ControlError> {
         let list = ["images", &caller.account, &caller.region];
-        let keys = self.inner.keys(&list, &page)?;
+        let keys = self.inner.keys(&list, &page, PAGE)?;
         let rows = self.inner.store.list_images(scope(caller), keys).await?;
         let mut page = self.inner.page(&list, keys, rows, |row| row.seq, records::image)?;
         page.items.retain(|image| name_filter.is_none_or(|part| image.name.contains(part)));
@@ -73,9 +80,23 @@ impl ControlPlane for Control {
     async fn list_image_versions(&self, caller: &Caller, image: &str, page: PageRequest) -> Result<Page<ImageVersion>, ControlError> {
         let image = self.inner.find_image(caller, image).await?;
         let list = ["versions", &image.id];
-        let keys = self.inner.keys(&list, &page)?;
+        let keys = self.inner.keys(&list, &page, PAGE)?;
         let rows = self.inner.store.list_versions(&image.id, keys).await?;
         self.inner.page(&list, keys, rows, |row| row.seq, |row| records::version(&image, row))
+    }
+
+    async fn set_version_status(
+        &self,
+        caller: &Caller,
+        image: &str,
+        version: &str,
+        status: VersionStatus,
+    ) -> Result<ImageVersion, ControlError> {
+        self.inner.set_version_status(caller, image, version, status).await
+    }
+
+    async fn delete_image_version(&self, caller: &Caller, image: &str, version: &str) -> Result<ImageVersion, ControlError> {
+        self.inner.delete_image_version(caller, image, version).await
     }
 
     async fn get_build(&self, caller: &Caller, image: &str, version: &str, build: &str) -> Result<Build, ControlError> {
@@ -89,17 +110,32 @@ impl ControlPlane for Control {
         let (image, version) = self.inner.find_version(caller, image, version).await?;
         let number = version_name(version.number);
         let list = ["builds", &image.id, &number];
-        let keys = self.inner.keys(&list, &page)?;
+        let keys = self.inner.keys(&list, &page, PAGE)?;
         let rows = self.inner.store.list_builds(&image.id, version.number, keys).await?;
         self.inner.page(&list, keys, rows, |row| row.seq, |row| records::build(&image, row))
     }
 
+    async fn list_managed_images(&self, caller: &Caller, page: PageRequest) -> Result<Page<ManagedImage>, ControlError> {
+        self.inner.list_managed_images(caller, &page)
+    }
+
+    async fn list_managed_image_versions(
+        &self,
+        caller: &Caller,
+        image: &str,
+        page: PageRequest,
+    ) -> Result<Page<ManagedImageVersion>, ControlError> {
+        self.inner.list_managed_image_versions(caller, image, &page)
+    }
+
     async fn run_microvm(&self, caller: &Caller, request: RunMicrovm) -> Result<Microvm, ControlError> {
+        self.inner.throttle.admit(caller, Counted::Run)?;
         let caller = caller.clone();
         self.to_the_end(|inner| async move { inner.run_microvm(&caller, request).await }).await
     }
 
     async fn get_microvm(&self, caller: &Caller, id: &str) -> Result<Microvm, ControlError> {
+        self.inner.throttle.admit(caller, Counted::Get)?;
         Ok(self.inner.find_microvm(caller, id)?.microvm().as_ref().clone())
     }
 
@@ -117,29 +153,83 @@ impl ControlPlane for Control {
         let name = image.as_ref().map(|image| image.name.as_str());
         let version = filter.version.unwrap_or_default();
         let list = ["microvms", &caller.account, &caller.region, name.unwrap_or_default(), &version];
-        let keys = self.inner.keys(&list, &page)?;
+        let keys = self.inner.keys(&list, &page, PAGE)?;
         let rows = self.inner.store.list_microvms(scope(caller), name, number, keys).await?;
         self.inner.page(&list, keys, rows, |row| row.seq, |row| records::microvm(row).map(|record| record.vm))
     }
 
     async fn suspend_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError> {
+        self.inner.throttle.admit(caller, Counted::Suspend)?;
         self.inner.find_microvm(caller, id)?.call(Call::Suspend).await
     }
 
     async fn resume_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError> {
+        self.inner.throttle.admit(caller, Counted::Resume)?;
         self.inner.find_microvm(caller, id)?.call(Call::Resume).await
     }
 
     async fn terminate_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError> {
+        self.inner.throttle.admit(caller, Counted::Terminate)?;
         self.inner.find_microvm(caller, id)?.call(Call::Terminate).await
     }
 
     async fn create_auth_token(&self, caller: &Caller, id: &str, lifetime: Duration, ports: Vec<PortSpec>) -> Result<String, ControlError> {
-        let handle = self.inner.find_microvm(caller, id)?;
-        if matches!(handle.microvm().state, MicrovmState::Terminating | MicrovmState::Terminated) {
-            return Err(ControlError::Terminated(id.to_owned()));
-        }
+        self.inner.throttle.admit(caller, Counted::AuthToken)?;
+        self.inner.find_living(caller, id)?;
         Ok(self.inner.keyring.mint(Claims::http(id, ports, SystemTime::now(), lifetime)))
+    }
+
+    async fn create_shell_token(&self, caller: &Caller, id: &str, lifetime: Duration) -> Result<String, ControlError> {
+        self.inner.throttle.admit(caller, Counted::ShellToken)?;
+        check_shell(&self.inner.find_living(caller, id)?.ingress_network_connectors)?;
+        Ok(self.inner.keyring.mint(Claims::shell(id, SystemTime::now(), lifetime)))
+    }
+
+    async fn tag_resource(&self, caller: &Caller, arn: &str, tags: BTreeMap<String, String>) -> Result<(), ControlError> {
+        self.inner.change_tags(caller, arn, tags.into_iter().map(|(key, value)| (key, Some(value))).collect()).await
+    }
+
+    async fn untag_resource(&self, caller: &Caller, arn: &str, keys: Vec<String>) -> Result<(), ControlError> {
+        self.inner.change_tags(caller, arn, keys.into_iter().map(|key| (key, None)).collect()).await
+    }
+
+    async fn list_tags(&self, caller: &Caller, arn: &str) -> Result<BTreeMap<String, String>, ControlError> {
+        self.inner.list_tags(caller, arn).await
+    }
+
+    async fn create_connector(&self, caller: &Caller, request: CreateConnector) -> Result<Connector, ControlError> {
+        self.inner.create_connector(caller, request).await
+    }
+
+    async fn get_connector(&self, caller: &Caller, identifier: &str) -> Result<(Connector, Option<i64>), ControlError> {
+        self.inner.get_connector(caller, identifier).await
+    }
+
+    async fn list_connectors(
+        &self,
+        caller: &Caller,
+        state: Option<ConnectorState>,
+        page: PageRequest,
+    ) -> Result<Page<Connector>, ControlError> {
+        self.inner.list_connectors(caller, state, page).await
+    }
+
+    async fn list_connector_versions(
+        &self,
+        caller: &Caller,
+        identifier: &str,
+        state: Option<ConnectorState>,
+        page: PageRequest,
+    ) -> Result<Page<ConnectorVersion>, ControlError> {
+        self.inner.list_connector_versions(caller, identifier, state, page).await
+    }
+
+    async fn update_connector(&self, caller: &Caller, identifier: &str, request: UpdateConnector) -> Result<Connector, ControlError> {
+        self.inner.update_connector(caller, identifier, request).await
+    }
+
+    async fn delete_connector(&self, caller: &Caller, identifier: &str) -> Result<Connector, ControlError> {
+        self.inner.delete_connector(caller, identifier).await
     }
 }
 
@@ -163,34 +253,37 @@ impl Inner {
         let CreateImage { name, mut spec, tags, client_token } = request;
         check_spec(caller, &spec)?;
         let fingerprint = fingerprint(&serde_json::json!([name, spec, tags]));
-        if spec.egress_network_connectors.is_empty() {
-            spec.egress_network_connectors.push(managed_connector(&caller.region, "INTERNET_EGRESS"));
-        }
+        spec.egress_network_connectors = self.image_egress(caller, spec.egress_network_connectors).await?;
         let (id, build_id) = (Uuid::new_v4().to_string(), Uuid::new_v4().to_string());
         let now_ms = millis(SystemTime::now());
         let (spec_json, tags_json) = (json(&spec), json(&tags));
-        let new = NewImage { scope: scope(caller), id: &id, name: &name, spec: &spec_json, tags: &tags_json, build_id: &build_id, now_ms };
+        let limit = self.settings.quotas.images;
+        let new =
+            NewImage { scope: scope(caller), id: &id, name: &name, spec: &spec_json, tags: &tags_json, build_id: &build_id, limit, now_ms };
         let token = client_token.as_deref().map(|token| ClientToken { operation: "CreateMicrovmImage", token, fingerprint: &fingerprint });
         match self.store.create_image(&new, token).await? {
             Created::Created => {
                 let image = images::Identity { id: id.clone(), account: caller.account.clone(), region: caller.region.clone(), name };
-                let job = Job { build_id, number: 1, spec, created_ms: now_ms };
+                let job = Job { build_id, number: FIRST, spec, created_ms: now_ms };
                 let handle = images::Handle::start(&self.images, image, Some(job));
                 self.image_handles().insert(id.clone(), Arc::new(handle));
-                self.image_with_version(&id).await
+                self.image_with_version(&id, FIRST).await
             }
-            Created::Replayed { id } => self.image_with_version(&id).await,
+            Created::Replayed(made) => self.image_with_version(&made.id, made.number).await,
             Created::TokenReused => Err(ControlError::TokenReused),
             Created::NameTaken => Err(ControlError::NameTaken(name)),
+            Created::LimitReached => Err(ControlError::QuotaExceeded(format!(
+                "The maximum number of MicroVM images ({limit}) has been reached for this account."
+            ))),
         }
     }
 
-    async fn image_with_version(&self, id: &str) -> Result<(Image, ImageVersion), ControlError> {
-        let gone = || ControlError::ImageNotFound(id.to_owned());
-        let image = self.store.image_by_id(id).await?.ok_or_else(gone)?;
-        let version = self.store.version(id, 1).await?.ok_or_else(gone)?;
-        let version = records::version(&image, version)?;
-        Ok((records::image(image)?, version))
+    /// Egress connectors of an image: the ones asked for, or the default.
+    pub async fn image_egress(&self, caller: &Caller, asked: Vec<String>) -> Result<Vec<String>, ControlError> {
+        if asked.is_empty() {
+            return Ok(vec![managed_connector(&caller.region, "INTERNET_EGRESS")]);
+        }
+        Ok(self.check_egress(caller, asked).await?.0)
     }
 
     async fn delete_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError> {
@@ -240,12 +333,14 @@ impl Inner {
         let now_ms = millis(SystemTime::now());
         let ingress = Some(request.ingress_network_connectors).filter(|connectors| !connectors.is_empty());
         let egress = Some(request.egress_network_connectors).filter(|connectors| !connectors.is_empty());
+        let (egress, connector) = self.check_egress(caller, egress.unwrap_or(spec.egress_network_connectors)).await?;
+        let memory_mib = self.settings.quotas.memory_accounting.count(spec.memory_mib);
         let spec = MicrovmSpec {
             execution_role_arn: request.execution_role_arn,
             idle_policy: request.idle_policy,
             maximum_duration_seconds: request.maximum_duration_seconds,
             ingress_network_connectors: ingress.unwrap_or_else(|| vec![managed_connector(&caller.region, "HTTP_INGRESS")]),
-            egress_network_connectors: egress.unwrap_or(spec.egress_network_connectors),
+            egress_network_connectors: egress,
             run_hook_payload: request.run_hook_payload,
             logging: request.logging,
         };
@@ -257,12 +352,23 @@ impl Inner {
             number,
             endpoint: &endpoint,
             spec: &json(&spec),
+            memory_mib,
+            connector: connector.as_deref(),
+            memory_limit_mib: self.settings.quotas.allocated_memory_mib,
             now_ms,
         };
         match self.store.create_microvm(&new, token).await? {
             CreateMicrovm::Created => {}
             CreateMicrovm::NoActiveVersion => {
                 return Err(ControlError::NoActiveVersion { arn: arn.to_string(), version: request.version });
+            }
+            CreateMicrovm::LimitReached => {
+                let text = "The base maximum allocated memory limit has been reached for this account.";
+                return Err(ControlError::QuotaExceeded(text.to_owned()));
+            }
+            CreateMicrovm::NoConnector => {
+                let gone = ControlError::ConnectorNotFound(spec.egress_network_connectors.join(", "));
+                return Err(ControlError::Invalid(gone.to_string()));
             }
             seen => return self.replayed(seen).await,
         }
@@ -298,7 +404,7 @@ impl Inner {
     }
 
     async fn replayed(&self, seen: CreateMicrovm) -> Result<Microvm, ControlError> {
-        let CreateMicrovm::Replayed { id } = seen else { return Err(ControlError::TokenReused) };
+        let CreateMicrovm::Replayed(Made { id, .. }) = seen else { return Err(ControlError::TokenReused) };
         if let Some(handle) = self.registry.by_id(&id) {
             return Ok(handle.microvm().as_ref().clone());
         }
@@ -339,7 +445,16 @@ impl Inner {
             .ok_or_else(|| ControlError::MicrovmNotFound(id.to_owned()))
     }
 
-    async fn find_image(&self, caller: &Caller, image: &str) -> Result<ImageRow, ControlError> {
+    /// A MicroVM that is not over.
+    fn find_living(&self, caller: &Caller, id: &str) -> Result<Arc<Microvm>, ControlError> {
+        let vm = self.find_microvm(caller, id)?.microvm();
+        if matches!(vm.state, MicrovmState::Terminating | MicrovmState::Terminated) {
+            return Err(ControlError::Terminated(id.to_owned()));
+        }
+        Ok(vm)
+    }
+
+    pub async fn find_image(&self, caller: &Caller, image: &str) -> Result<ImageRow, ControlError> {
         let arn = own_arn(caller, image)?;
         let unknown = || ControlError::ImageNotFound(image.to_owned());
         if arn.region != caller.region {
@@ -348,7 +463,7 @@ impl Inner {
         self.store.image_by_name(scope(caller), &arn.name).await?.ok_or_else(unknown)
     }
 
-    async fn find_version(
+    pub async fn find_version(
         &self,
         caller: &Caller,
         image: &str,
@@ -362,12 +477,12 @@ impl Inner {
     }
 
     /// What to read for a page: one record more than it holds, to know whether there is another.
-    fn keys(&self, list: &[&str], page: &PageRequest) -> Result<Keyset, ControlError> {
+    pub fn keys(&self, list: &[&str], page: &PageRequest, most: u32) -> Result<Keyset, ControlError> {
         let before = page.token.as_deref().map(|cursor| self.cursors.open(list, cursor)).transpose()?;
-        Ok(Keyset { before, limit: page.limit.unwrap_or(PAGE).clamp(1, PAGE) + 1 })
+        Ok(Keyset { before, limit: page.limit.unwrap_or(PAGE).clamp(1, most) + 1 })
     }
 
-    fn page<Row, T>(
+    pub fn page<Row, T>(
         &self,
         list: &[&str],
         keys: Keyset,
@@ -384,11 +499,11 @@ impl Inner {
     }
 }
 
-fn scope(caller: &Caller) -> Scope<'_> {
+pub(crate) fn scope(caller: &Caller) -> Scope<'_> {
     Scope { account: &caller.account, region: &caller.region }
 }
 
-fn arn_of(image: &ImageRow) -> ImageArn {
+pub(crate) fn arn_of(image: &ImageRow) -> ImageArn {
     ImageArn { region: image.region.clone(), account: image.account.clone(), name: image.name.clone() }
 }
 
@@ -402,14 +517,14 @@ fn own_arn(caller: &Caller, text: &str) -> Result<ImageArn, ControlError> {
 }
 
 /// What only the domain knows about an image's specification; the API checks the rest.
-fn check_spec(caller: &Caller, spec: &ImageSpec) -> Result<(), ControlError> {
+pub(crate) fn check_spec(caller: &Caller, spec: &ImageSpec) -> Result<(), ControlError> {
     let base = &spec.base_image_arn;
     if !base.starts_with("arn:") {
         return Err(ControlError::Invalid(format!("Invalid ARN format: {base}")));
     }
-    let version = spec.base_image_version.as_deref().unwrap_or(MANAGED_VERSIONS[0]);
+    let version = spec.base_image_version.as_deref().unwrap_or(managed::VERSIONS[0]);
     let known = MANAGED_IMAGES.iter().any(|name| managed_image(&caller.region, name) == *base);
-    if !known || !MANAGED_VERSIONS.contains(&version) {
+    if !known || !managed::VERSIONS.contains(&version) {
         return Err(ControlError::Invalid(format!("No managed MicroVM Image with arn {base} and version {version} is available")));
     }
     ObjectUri::parse(&spec.code_artifact_uri).map_err(|error| ControlError::Invalid(error.to_string()))?;
@@ -453,7 +568,7 @@ fn run_fingerprint(request: &RunMicrovm) -> String {
 }
 
 /// SHA-256 of a request, in hexadecimal. Maps are ordered, so the same request has the same text.
-fn fingerprint(request: &serde_json::Value) -> String {
+pub(crate) fn fingerprint(request: &serde_json::Value) -> String {
     let digest = ring::digest::digest(&ring::digest::SHA256, request.to_string().as_bytes());
     digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }

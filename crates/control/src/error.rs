@@ -39,6 +39,33 @@ pub enum ControlError {
     /// the image is being built or deleted
     #[error("Cannot delete MicroVM image in its current state: {}", serde_json::to_value(.0).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default())]
     ImageBusy(ImageState),
+    /// the image is in the middle of something
+    #[error("MicroVM Image is already in state: {0}")]
+    ImageInTransition(String),
+    /// the account has as much as it may
+    #[error("{0}")]
+    QuotaExceeded(String),
+    /// the account calls too often
+    #[error("Rate exceeded")]
+    Throttled {
+        /// Seconds until it may call again.
+        retry_after_seconds: u64,
+    },
+    /// the tags are too many, or mean nothing
+    #[error("{0}")]
+    InvalidTags(String),
+    /// nothing of this ARN can have tags here
+    #[error("Resource not found: {0}")]
+    TaggedNotFound(String),
+    /// the connector does not exist
+    #[error("Network connector not found for: {0}")]
+    ConnectorNotFound(String),
+    /// the connector's name is taken, its token was used, or MicroVMs use it
+    #[error("{0}")]
+    ConnectorConflict(String),
+    /// the account has as many connectors as it may
+    #[error("The maximum number of network connectors ({0}) has been reached for this account.")]
+    ConnectorLimit(u32),
     /// the MicroVM is over
     #[error("The MicroVM {0} has been terminated and its state cannot be changed.")]
     Terminated(String),
@@ -59,9 +86,6 @@ pub enum ControlError {
     /// a cursor that this server did not issue
     #[error("the cursor is not valid")]
     BadCursor,
-    /// not built yet
-    #[error("{0}")]
-    NotYet(String),
     /// our fault; the text is for the log, not for the caller
     #[error("{0}")]
     Internal(String),

@@ -6,6 +6,7 @@
 
 pub mod arn;
 mod capacity;
+mod connectors;
 mod control;
 mod control_plane;
 mod cursor;
@@ -13,18 +14,22 @@ mod data_plane;
 pub mod error;
 mod images;
 pub mod logs;
+mod managed;
 mod microvm;
 pub mod plane;
 mod pump;
+pub mod quota;
 mod records;
 mod recovery;
 mod registry;
 mod settings;
 mod sweep;
+mod tags;
 #[cfg(test)]
 mod testing;
 pub mod token;
 pub mod types;
+mod versions;
 
 pub use control::{Control, Deps, StartError};
 pub use error::ControlError;

@@ -1,6 +1,6 @@
 //! The two faces of the domain: what the API calls and what the endpoint proxy calls.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
@@ -8,13 +8,18 @@ use hearth_machine::GuestStream;
 
 use crate::{
     error::ControlError,
-    types::{Build, Caller, CreateImage, Image, ImageVersion, Microvm, MicrovmFilter, Page, PageRequest, PortSpec, RunMicrovm},
+    types::{
+        Build, Caller, Connector, ConnectorState, ConnectorVersion, CreateConnector, CreateImage, Image, ImageVersion, ManagedImage,
+        ManagedImageVersion, Microvm, MicrovmFilter, Page, PageRequest, PortSpec, RunMicrovm, UpdateConnector, UpdateImage, VersionStatus,
+    },
 };
 
 /// What the API calls. Identifiers arrive as the caller wrote them.
 #[async_trait]
 pub trait ControlPlane: Send + Sync + 'static {
     async fn create_image(&self, caller: &Caller, request: CreateImage) -> Result<(Image, ImageVersion), ControlError>;
+    /// Makes the next version of an image; the present one can be launched until that is built.
+    async fn update_image(&self, caller: &Caller, image: &str, request: UpdateImage) -> Result<(Image, ImageVersion), ControlError>;
     async fn get_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError>;
     /// `name_filter` is a substring, applied after the limit.
     async fn list_images(&self, caller: &Caller, name_filter: Option<&str>, page: PageRequest) -> Result<Page<Image>, ControlError>;
@@ -22,8 +27,24 @@ pub trait ControlPlane: Send + Sync + 'static {
     async fn delete_image(&self, caller: &Caller, image: &str) -> Result<Image, ControlError>;
     async fn get_image_version(&self, caller: &Caller, image: &str, version: &str) -> Result<ImageVersion, ControlError>;
     async fn list_image_versions(&self, caller: &Caller, image: &str, page: PageRequest) -> Result<Page<ImageVersion>, ControlError>;
+    async fn set_version_status(
+        &self,
+        caller: &Caller,
+        image: &str,
+        version: &str,
+        status: VersionStatus,
+    ) -> Result<ImageVersion, ControlError>;
+    /// Returns the version in state `DELETING`. Its MicroVMs live on.
+    async fn delete_image_version(&self, caller: &Caller, image: &str, version: &str) -> Result<ImageVersion, ControlError>;
     async fn get_build(&self, caller: &Caller, image: &str, version: &str, build: &str) -> Result<Build, ControlError>;
     async fn list_builds(&self, caller: &Caller, image: &str, version: &str, page: PageRequest) -> Result<Page<Build>, ControlError>;
+    async fn list_managed_images(&self, caller: &Caller, page: PageRequest) -> Result<Page<ManagedImage>, ControlError>;
+    async fn list_managed_image_versions(
+        &self,
+        caller: &Caller,
+        image: &str,
+        page: PageRequest,
+    ) -> Result<Page<ManagedImageVersion>, ControlError>;
 
     async fn run_microvm(&self, caller: &Caller, request: RunMicrovm) -> Result<Microvm, ControlError>;
     async fn get_microvm(&self, caller: &Caller, id: &str) -> Result<Microvm, ControlError>;
@@ -33,6 +54,34 @@ pub trait ControlPlane: Send + Sync + 'static {
     async fn terminate_microvm(&self, caller: &Caller, id: &str) -> Result<(), ControlError>;
     /// Returns the token for the header `X-aws-proxy-auth`.
     async fn create_auth_token(&self, caller: &Caller, id: &str, lifetime: Duration, ports: Vec<PortSpec>) -> Result<String, ControlError>;
+    /// Returns the token for a shell.
+    async fn create_shell_token(&self, caller: &Caller, id: &str, lifetime: Duration) -> Result<String, ControlError>;
+
+    /// Adds tags to an image or a connector, or gives them other values.
+    async fn tag_resource(&self, caller: &Caller, arn: &str, tags: BTreeMap<String, String>) -> Result<(), ControlError>;
+    async fn untag_resource(&self, caller: &Caller, arn: &str, keys: Vec<String>) -> Result<(), ControlError>;
+    async fn list_tags(&self, caller: &Caller, arn: &str) -> Result<BTreeMap<String, String>, ControlError>;
+
+    async fn create_connector(&self, caller: &Caller, request: CreateConnector) -> Result<Connector, ControlError>;
+    /// `identifier` is a name, an id or an ARN. Returns the number of the version as well, if it is a version's ARN.
+    async fn get_connector(&self, caller: &Caller, identifier: &str) -> Result<(Connector, Option<i64>), ControlError>;
+    /// `state` is applied after the limit.
+    async fn list_connectors(
+        &self,
+        caller: &Caller,
+        state: Option<ConnectorState>,
+        page: PageRequest,
+    ) -> Result<Page<Connector>, ControlError>;
+    async fn list_connector_versions(
+        &self,
+        caller: &Caller,
+        identifier: &str,
+        state: Option<ConnectorState>,
+        page: PageRequest,
+    ) -> Result<Page<ConnectorVersion>, ControlError>;
+    async fn update_connector(&self, caller: &Caller, identifier: &str, request: UpdateConnector) -> Result<Connector, ControlError>;
+    /// Returns the connector in state `DELETING`.
+    async fn delete_connector(&self, caller: &Caller, identifier: &str) -> Result<Connector, ControlError>;
 }
 
 /// What the endpoint proxy calls.

@@ -5,14 +5,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_store::{BuildBytes, BuildRow, ImageRow, MicrovmChange, MicrovmRow, VersionRow};
+use hearth_store::{BuildBytes, BuildRow, ConnectorRow, ConnectorVersionRow, ImageRow, MicrovmChange, MicrovmRow, VersionRow};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
-    arn::ImageArn,
+    arn::{self, ImageArn},
     error::ControlError,
     microvm::Record,
-    types::{Build, BuildSizes, IdlePolicy, Image, ImageSpec, ImageVersion, Microvm},
+    types::{Build, BuildSizes, Connector, ConnectorState, ConnectorVersion, IdlePolicy, Image, ImageSpec, ImageVersion, Microvm},
 };
 
 /// A row that this server cannot read.
@@ -80,21 +80,45 @@ pub(crate) fn version_number(name: &str) -> Option<i64> {
 
 pub(crate) fn image(row: ImageRow) -> Result<Image, Unreadable> {
     Ok(Image {
-        arn: arn(&row.account, &row.region, &row.name),
+        arn: image_arn(&row.account, &row.region, &row.name),
         state: state("state", &row.id, &row.state)?,
         latest_active_version: row.latest_active.map(version_name),
         latest_failed_version: row.latest_failed.map(version_name),
         created_at: time(row.created_ms),
         updated_at: time(row.updated_ms),
-        tags: parse::<BTreeMap<String, String>>("tags", &row.id, &row.tags)?,
+        tags: tags(&row.id, &row.tags)?,
         id: row.id,
         name: row.name,
     })
 }
 
+pub(crate) fn tags(row: &str, text: &str) -> Result<BTreeMap<String, String>, Unreadable> {
+    parse("tags", row, text)
+}
+
+pub(crate) fn connector(row: ConnectorRow) -> Result<Connector, Unreadable> {
+    Ok(Connector {
+        arn: arn::connector(&row.account, &row.region, &row.id),
+        name: row.name,
+        version: row.number,
+        state: ConnectorState::Active,
+        spec: parse("spec", &row.id, &row.spec)?,
+        last_update: row.update_status.map(|status| (status, row.update_reason)),
+        modified_at: time(row.modified_ms),
+        id: row.id,
+    })
+}
+
+/// A connector as a version of it has it.
+pub(crate) fn connector_version(newest: &Connector, row: ConnectorVersionRow) -> Result<ConnectorVersion, Unreadable> {
+    let spec = parse("spec", &newest.id, &row.spec)?;
+    let connector = Connector { spec, ..newest.clone() };
+    Ok(ConnectorVersion { connector, version: row.number, created_at: time(row.created_ms) })
+}
+
 pub(crate) fn version(image: &ImageRow, row: VersionRow) -> Result<ImageVersion, Unreadable> {
     Ok(ImageVersion {
-        image_arn: arn(&image.account, &image.region, &image.name),
+        image_arn: image_arn(&image.account, &image.region, &image.name),
         version: version_name(row.number),
         state: state("state", &row.image_id, &row.state)?,
         status: state("status", &row.image_id, &row.status)?,
@@ -102,14 +126,14 @@ pub(crate) fn version(image: &ImageRow, row: VersionRow) -> Result<ImageVersion,
         spec: parse::<ImageSpec>("spec", &row.image_id, &row.spec)?,
         created_at: time(row.created_ms),
         updated_at: time(row.updated_ms),
-        tags: parse::<BTreeMap<String, String>>("tags", &row.image_id, &row.tags)?,
+        tags: tags(&image.id, &image.tags)?,
     })
 }
 
 pub(crate) fn build(image: &ImageRow, row: BuildRow) -> Result<Build, Unreadable> {
     let size = |bytes: Option<i64>| bytes.and_then(|bytes| u64::try_from(bytes).ok());
     Ok(Build {
-        image_arn: arn(&image.account, &image.region, &image.name),
+        image_arn: image_arn(&image.account, &image.region, &image.name),
         version: version_name(row.number),
         state: state("state", &row.id, &row.state)?,
         state_reason: row.state_reason,
@@ -136,7 +160,7 @@ pub(crate) fn microvm(row: MicrovmRow) -> Result<Record, Unreadable> {
     let spec: MicrovmSpec = parse("spec", &row.id, &row.spec)?;
     Ok(Record {
         vm: Microvm {
-            image_arn: arn(&row.account, &row.region, &row.image_name),
+            image_arn: image_arn(&row.account, &row.region, &row.image_name),
             version: version_name(row.number),
             state: state("state", &row.id, &row.state)?,
             state_reason: row.state_reason,
@@ -174,7 +198,7 @@ pub(crate) fn change(record: &Record) -> MicrovmChange {
     }
 }
 
-fn arn(account: &str, region: &str, name: &str) -> String {
+fn image_arn(account: &str, region: &str, name: &str) -> String {
     ImageArn { region: region.to_owned(), account: account.to_owned(), name: name.to_owned() }.to_string()
 }
 

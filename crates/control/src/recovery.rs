@@ -41,7 +41,7 @@ pub(crate) async fn recover(
 
 async fn fail_interrupted_builds(shared: &images::Shared) -> Result<(), StartError> {
     for build in shared.store.unfinished_builds().await? {
-        let (bytes, state) = (build_bytes(BuildSizes::default()), word(ImageState::CreateFailed));
+        let (bytes, state) = (build_bytes(BuildSizes::default()), word(images::failed_state(build.number)));
         let now = millis(SystemTime::now());
         shared.store.build_failed(&build.image_id, build.number, &build.id, images::HOST_STOPPED, bytes, &state, now).await?;
     }
@@ -55,10 +55,25 @@ async fn take_up_images(shared: &Arc<images::Shared>) -> Result<ImageHandles, St
         if row.state == word(ImageState::Deleting) {
             images::finish_delete(shared, &image).await?;
         } else {
+            if row.state == word(ImageState::Updating) {
+                finish_update(shared, &image).await?;
+            }
             handles.insert(row.id, Arc::new(images::Handle::start(shared, image, None)));
         }
     }
     Ok(handles)
+}
+
+/// Ends what was done to an image's versions; its builds have ended already.
+async fn finish_update(shared: &Arc<images::Shared>, image: &Identity) -> Result<(), StartError> {
+    let all = hearth_store::Keyset { before: None, limit: u32::MAX };
+    for version in shared.store.list_versions(&image.id, all).await? {
+        if version.state == word(VersionState::Deleting) {
+            images::finish_version_delete(shared, image, version.number).await?;
+        }
+    }
+    shared.store.image_updated(&image.id, millis(SystemTime::now())).await?;
+    Ok(())
 }
 
 fn identity(row: &ImageRow) -> Identity {
@@ -123,8 +138,10 @@ async fn remove_orphans(shared: &images::Shared, microvms: &[Record]) -> Result<
     let mut ids = HashSet::new();
     for image in shared.store.all_images().await? {
         let versions = shared.store.list_versions(&image.id, all).await?;
-        let kept: HashSet<String> =
-            versions.into_iter().filter(|version| version.state == successful).map(|version| version_name(version.number)).collect();
+        let launched = versions.into_iter().filter(|version| version.state == successful).map(|version| version.number);
+        // A version may be gone whose MicroVMs are not.
+        let resumed = microvms.iter().filter(|record| record.image_id == image.id && record.vm.state != MicrovmState::Terminated);
+        let kept: HashSet<String> = launched.chain(resumed.map(|record| record.number)).map(version_name).collect();
         if !kept.is_empty() {
             keep_only(&images::image_dir(data_dir, &image.id), &kept).await?;
             ids.insert(image.id);

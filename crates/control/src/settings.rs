@@ -1,6 +1,10 @@
 //! What an operator may set about the domain.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use hearth_machine::network::EgressPolicy;
+
+use crate::quota::Quotas;
 
 /// Settings of [`crate::Control`].
 #[derive(Debug, Clone)]
@@ -25,6 +29,10 @@ pub struct Settings {
     pub memory_reserve_mib: u64,
     /// Largest code artifact, in bytes.
     pub max_artifact_bytes: u64,
+    /// What each account may have and do in each region.
+    pub quotas: Quotas,
+    /// What MicroVMs may reach through connectors of these names, whatever the connectors' tags say.
+    pub connectors: BTreeMap<String, EgressPolicy>,
 }
 
 impl Settings {
@@ -42,6 +50,8 @@ impl Settings {
             shutdown_timeout: Duration::from_secs(60),
             memory_reserve_mib: 256,
             max_artifact_bytes: 1 << 30,
+            quotas: Quotas::default(),
+            connectors: BTreeMap::new(),
         }
     }
 }

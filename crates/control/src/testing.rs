@@ -15,8 +15,8 @@ use async_trait::async_trait;
 use hearth_build::{BuildError, BuildRequest, Built, ImageBuilder, ImageConfig};
 use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, LogRecord, LogSource};
 use hearth_machine::{
-    BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec, Machine,
-    MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, Suspended,
+    BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec,
+    Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, Suspended,
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS},
 };
 use hearth_objects::{FetchError, ObjectUri, Objects, PutError};
@@ -53,6 +53,8 @@ pub struct FakeEngine {
     pub script: Mutex<Vec<MachineEvent>>,
     /// The app of the last `start_app`.
     pub app: Mutex<Option<App>>,
+    /// What the last boot or launch was told.
+    pub egress: Mutex<Option<Egress>>,
     machines: Mutex<HashMap<String, Remote>>,
 }
 
@@ -78,6 +80,7 @@ impl FakeEngine {
             fail_capture: AtomicBool::new(false),
             script: Mutex::new(vec![MachineEvent::Listening(8080)]),
             app: Mutex::default(),
+            egress: Mutex::default(),
             machines: Mutex::default(),
         })
     }
@@ -129,6 +132,7 @@ impl Engine for EngineHandle {
 
     async fn boot(&self, spec: BootSpec) -> Result<Box<dyn Machine>, BootError> {
         assert!(spec.rootfs.exists(), "the root file system is there");
+        *self.0.egress.lock().unwrap() = Some(spec.egress);
         std::fs::create_dir_all(&spec.dir).unwrap();
         if self.0.fail_boot.load(Ordering::SeqCst) {
             return Err(BootError::Monitor("no monitor".to_owned()));
@@ -138,6 +142,7 @@ impl Engine for EngineHandle {
 
     async fn launch(&self, spec: LaunchSpec) -> Result<Box<dyn Machine>, LaunchError> {
         let launch = self.0.launches.fetch_add(1, Ordering::SeqCst) + 1;
+        *self.0.egress.lock().unwrap() = Some(spec.egress);
         self.0.pass_gate().await;
         std::fs::create_dir_all(&spec.dir).unwrap();
         if self.0.fail_launch.load(Ordering::SeqCst) {

@@ -62,6 +62,11 @@ impl Claims {
         }
     }
 
+    /// Claims for a shell in a MicroVM, from now for `lifetime`.
+    pub fn shell(microvm_id: impl Into<String>, now: SystemTime, lifetime: Duration) -> Self {
+        Self { kind: TokenKind::Shell, ..Self::http(microvm_id, Vec::new(), now, lifetime) }
+    }
+
     /// Whether the token is void at `now`.
     pub fn is_expired(&self, now: SystemTime) -> bool {
         epoch_seconds(now) >= self.expires_at

@@ -109,6 +109,15 @@ pub struct CreateImage {
     pub client_token: Option<String>,
 }
 
+/// What UpdateMicrovmImage asks for: a version that has nothing from the ones before it.
+#[derive(Debug, Clone)]
+pub struct UpdateImage {
+    /// What to build.
+    pub spec: ImageSpec,
+    /// Idempotency token.
+    pub client_token: Option<String>,
+}
+
 /// An image.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Image {
@@ -167,6 +176,94 @@ pub struct BuildSizes {
     pub disk_snapshot: Option<u64>,
     /// Guest memory without holes, plus device state.
     pub memory_snapshot: Option<u64>,
+}
+
+/// A base image of the server's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ManagedImage {
+    /// `arn:aws:lambda:<region>:aws:microvm-image:<name>`.
+    pub arn: String,
+    pub created_at: SystemTime,
+}
+
+/// A version of a base image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ManagedImageVersion {
+    /// The base image.
+    pub image: ManagedImage,
+    /// A major number: `"1"`.
+    pub version: String,
+}
+
+/// State of a network connector. There is nothing to provision here, so that a connector is never seen `PENDING` or `DELETING` after the
+/// call that said so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum ConnectorState {
+    Pending,
+    Active,
+    Inactive,
+    Failed,
+    Deleting,
+    DeleteFailed,
+}
+
+/// What a connector version is made of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ConnectorSpec {
+    /// The union `Configuration` as it was sent, to be echoed.
+    pub configuration: serde_json::Value,
+    /// ARN of the role that makes network interfaces on AWS; echoed.
+    pub operator_role: Option<String>,
+}
+
+/// What CreateNetworkConnector asks for.
+#[derive(Debug, Clone)]
+pub struct CreateConnector {
+    /// 1–64 characters of `[a-zA-Z0-9_-]`.
+    pub name: String,
+    pub spec: ConnectorSpec,
+    /// Tags; `hearth:allow` and `hearth:deny` say what MicroVMs may reach through it.
+    pub tags: BTreeMap<String, String>,
+    /// Idempotency token.
+    pub client_token: String,
+}
+
+/// What UpdateNetworkConnector asks for; what is absent stays.
+#[derive(Debug, Clone)]
+pub struct UpdateConnector {
+    pub configuration: Option<serde_json::Value>,
+    pub operator_role: Option<String>,
+    /// Idempotency token.
+    pub client_token: Option<String>,
+}
+
+/// A network connector of a user's, as its newest version has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Connector {
+    /// `nc-<uuid>`.
+    pub id: String,
+    /// `arn:aws:lambda:<region>:<account>:network-connector:nc-<uuid>`.
+    pub arn: String,
+    /// Unique in account and region.
+    pub name: String,
+    /// From 1.
+    pub version: i64,
+    pub state: ConnectorState,
+    pub spec: ConnectorSpec,
+    /// Status and reason of the last update, if there was one.
+    pub last_update: Option<(String, Option<String>)>,
+    pub modified_at: SystemTime,
+}
+
+/// An immutable version of a connector.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ConnectorVersion {
+    /// The connector as it is now.
+    pub connector: Connector,
+    /// From 1.
+    pub version: i64,
+    pub created_at: SystemTime,
 }
 
 /// When a MicroVM sleeps and whether it wakes by itself.
@@ -236,7 +333,7 @@ pub struct MicrovmFilter {
 /// Which part of a list to return.
 #[derive(Debug, Clone, Default)]
 pub struct PageRequest {
-    /// At most this many, 1–50; 50 if absent.
+    /// At most this many, from 1 to what the list's operation allows; 50 if absent.
     pub limit: Option<u32>,
     /// Where the previous page ended.
     pub token: Option<String>,

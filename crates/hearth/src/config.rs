@@ -17,15 +17,21 @@
 //! slots = "10.201.0.0/16"
 //! ```
 
+mod quotas;
+
 use std::{
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use hearth_machine::network::EgressPolicy;
 use hearth_machine::network::Links;
 use serde::{Deserialize, Deserializer, de};
+
+pub use quotas::{ConnectorConfig, QuotasConfig};
 
 use crate::credentials::Credentials;
 
@@ -33,7 +39,7 @@ use crate::credentials::Credentials;
 pub const DEFAULT_ENDPOINT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8443);
 
 /// Every setting of the server, with its unit and its default.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServeConfig {
     /// Address of the AWS APIs. `127.0.0.1:8470`; port 0 picks a free one.
@@ -73,6 +79,10 @@ pub struct ServeConfig {
     pub wake_timeout_seconds: u32,
     /// Time that terminated MicroVMs stay in lists, in seconds. 86400, a day.
     pub terminated_retention_seconds: u32,
+    /// What each account may have and do in each region.
+    pub quotas: QuotasConfig,
+    /// What MicroVMs may reach through network connectors, by the connectors' names. None.
+    pub connectors: BTreeMap<String, ConnectorConfig>,
     /// The MicroVMs' networks.
     pub network: NetworkConfig,
     /// What is kept of the logs of builds and MicroVMs.
@@ -219,6 +229,16 @@ pub enum ConfigError {
         /// Where, and what was expected.
         source: hearth_identity::PolicyError,
     },
+    /// a rule of a connector is not one
+    #[error("connectors.{name} in {origin}: {source}")]
+    Connector {
+        /// The connector.
+        name: String,
+        /// The file.
+        origin: String,
+        /// Which rule, and what was expected.
+        source: hearth_machine::network::EgressError,
+    },
     /// a value is outside what makes sense
     #[error("{key} = {found} in {origin}: write {expected} instead")]
     Value {
@@ -253,6 +273,8 @@ impl Default for ServeConfig {
             ready_timeout_seconds: 300,
             wake_timeout_seconds: 60,
             terminated_retention_seconds: 86_400,
+            quotas: QuotasConfig::default(),
+            connectors: BTreeMap::new(),
             network: NetworkConfig::default(),
             logs: LogsConfig::default(),
             log: LogConfig::default(),
@@ -305,6 +327,12 @@ impl ServeConfig {
     /// Longest time that a request waits for its MicroVM to wake.
     pub fn wake_timeout(&self) -> Duration {
         Duration::from_secs(self.wake_timeout_seconds.into())
+    }
+
+    /// What MicroVMs may reach through connectors, by their names.
+    pub fn egress_policies(&self) -> BTreeMap<String, EgressPolicy> {
+        // A rule that is none was refused when the file was read.
+        self.connectors.iter().filter_map(|(name, connector)| Some((name.clone(), connector.policy().ok()?))).collect()
     }
 
     /// How long terminated MicroVMs stay in lists.
@@ -394,6 +422,13 @@ impl ServeConfig {
         }
         let documents = crate::iam::configured(&self.accounts);
         documents.map_err(|source| ConfigError::Policy { origin: origin.to_owned(), source })?;
+        if let Some((key, rate)) = self.quotas.unusable() {
+            let found = format!("{{ per_second = {}, burst = {} }}", rate.per_second, rate.burst);
+            return refuse(key, &found, "a per_second above 0 and a burst of at least 1");
+        }
+        for (name, connector) in &self.connectors {
+            connector.policy().map_err(|source| ConfigError::Connector { name: name.clone(), origin: origin.to_owned(), source })?;
+        }
         if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
             return refuse("log.level", &self.log.level, "\"error\", \"warn\", \"info\", \"debug\" or \"trace\"");
         }

@@ -1,10 +1,11 @@
-//! Durable records of images, versions, builds and MicroVMs, in one SQLite file.
+//! Durable records of images, versions, builds, MicroVMs and connectors, in one SQLite file.
 //!
 //! One connection writes, so that a check and the change that depends on it are one step; a few others read. A write that returned is on
 //! disk: what a caller was promised survives a power cut.
 
 #![forbid(unsafe_code)]
 
+mod connectors;
 mod error;
 mod images;
 mod microvms;
@@ -21,10 +22,13 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
+pub use connectors::{ConnectorRow, ConnectorVersionRow, CreateConnector, DeleteConnector, NewConnector, UpdateConnector};
 pub use error::{OpenError, StoreError};
-pub use images::{BuildBytes, BuildRow, CreateImage, DeleteImage, ImageRow, NewImage, VersionRow};
+pub use images::{
+    BuildBytes, BuildRow, ChangeVersion, CreateImage, CreateVersion, DeleteImage, ImageRow, NewImage, NewVersion, VersionRow,
+};
 pub use microvms::{CreateMicrovm, MicrovmChange, MicrovmRow, NewMicrovm};
-pub use tokens::ClientToken;
+pub use tokens::{ClientToken, Made};
 
 /// Connections that read. Each is a thread.
 const READERS: u32 = 2;

@@ -1,9 +1,9 @@
 //! MicroVMs.
 
-use sqlx::FromRow;
+use sqlx::{FromRow, SqliteConnection};
 
 use crate::{
-    ClientToken, Keyset, Scope, Store, StoreError,
+    ClientToken, Keyset, Made, Scope, Store, StoreError, connectors,
     tokens::{self, Seen},
 };
 
@@ -26,6 +26,8 @@ pub struct MicrovmRow {
     pub endpoint: String,
     /// JSON object: what the caller asked for.
     pub spec: String,
+    /// What it counts for in the memory quota, in MiB.
+    pub memory_mib: i64,
     /// Launches and resumes so far.
     pub generation: i64,
     pub started_ms: i64,
@@ -45,6 +47,11 @@ pub struct NewMicrovm<'a> {
     pub number: i64,
     pub endpoint: &'a str,
     pub spec: &'a str,
+    pub memory_mib: u32,
+    /// Id of the user's connector that it is launched with.
+    pub connector: Option<&'a str>,
+    /// Nothing is recorded when the scope's MicroVMs and running builds have this much memory already, in MiB.
+    pub memory_limit_mib: u64,
     pub now_ms: i64,
 }
 
@@ -53,12 +60,13 @@ pub struct NewMicrovm<'a> {
 pub enum CreateMicrovm {
     Created,
     /// The token made this MicroVM before, with the same parameters.
-    Replayed {
-        /// The MicroVM's id.
-        id: String,
-    },
+    Replayed(Made),
     /// The token was used with other parameters.
     TokenReused,
+    /// The scope has as much memory as it may.
+    LimitReached,
+    /// The connector is deleted.
+    NoConnector,
     /// The version is not `ACTIVE`, or its image is being deleted.
     NoActiveVersion,
 }
@@ -82,13 +90,21 @@ impl Store {
         if let Some(token) = token {
             match tokens::look_up(&mut tx, vm.scope, token).await.map_err(&failed)? {
                 Seen::Never => {}
-                Seen::Same(id) => return Ok(CreateMicrovm::Replayed { id }),
+                Seen::Same(made) => return Ok(CreateMicrovm::Replayed(made)),
                 Seen::Different => return Ok(CreateMicrovm::TokenReused),
             }
         }
+        if allocated_mib(&mut tx, vm.scope).await.map_err(&failed)? >= i64::try_from(vm.memory_limit_mib).unwrap_or(i64::MAX) {
+            return Ok(CreateMicrovm::LimitReached);
+        }
+        if let Some(connector) = vm.connector
+            && !connectors::exists(&mut tx, connector).await.map_err(&failed)?
+        {
+            return Ok(CreateMicrovm::NoConnector);
+        }
         let inserted = sqlx::query(
-            "INSERT INTO microvms (id, account, region, image_id, image_name, number, state, endpoint, spec, generation, started_ms)
-             SELECT ?1, ?2, ?3, ?4, ?5, ?6, 'PENDING', ?7, ?8, 1, ?9
+            "INSERT INTO microvms (id, account, region, image_id, image_name, number, state, endpoint, spec, memory_mib, generation, started_ms)
+             SELECT ?1, ?2, ?3, ?4, ?5, ?6, 'PENDING', ?7, ?8, ?9, 1, ?10
              FROM versions JOIN images ON images.id = versions.image_id
              WHERE versions.image_id = ?4 AND versions.number = ?6 AND versions.status = 'ACTIVE' AND images.state <> 'DELETING'",
         )
@@ -100,6 +116,7 @@ impl Store {
         .bind(vm.number)
         .bind(vm.endpoint)
         .bind(vm.spec)
+        .bind(vm.memory_mib)
         .bind(vm.now_ms)
         .execute(&mut *tx)
         .await
@@ -108,7 +125,7 @@ impl Store {
             return Ok(CreateMicrovm::NoActiveVersion);
         }
         if let Some(token) = token {
-            tokens::remember(&mut tx, vm.scope, token, vm.id).await.map_err(&failed)?;
+            tokens::remember(&mut tx, vm.scope, token, vm.id, 1).await.map_err(&failed)?;
         }
         tx.commit().await.map_err(&failed)?;
         Ok(CreateMicrovm::Created)
@@ -120,7 +137,7 @@ impl Store {
         let mut connection = self.readers.acquire().await.map_err(&failed)?;
         Ok(match tokens::look_up(&mut connection, scope, token).await.map_err(&failed)? {
             Seen::Never => None,
-            Seen::Same(id) => Some(CreateMicrovm::Replayed { id }),
+            Seen::Same(made) => Some(CreateMicrovm::Replayed(made)),
             Seen::Different => Some(CreateMicrovm::TokenReused),
         })
     }
@@ -207,6 +224,21 @@ impl Store {
     }
 }
 
+/// Memory of a scope's MicroVMs that are not terminated and of its builds that run, in MiB.
+async fn allocated_mib(connection: &mut SqliteConnection, scope: Scope<'_>) -> sqlx::Result<i64> {
+    let (allocated,) = sqlx::query_as(
+        "SELECT (SELECT coalesce(sum(memory_mib), 0) FROM microvms WHERE account = ?1 AND region = ?2 AND state <> 'TERMINATED')
+         + (SELECT coalesce(sum(json_extract(versions.spec, '$.memory_mib')), 0)
+            FROM versions JOIN images ON images.id = versions.image_id
+            WHERE images.account = ?1 AND images.region = ?2 AND versions.state = 'IN_PROGRESS')",
+    )
+    .bind(scope.account)
+    .bind(scope.region)
+    .fetch_one(connection)
+    .await?;
+    Ok(allocated)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,7 +261,19 @@ mod tests {
     }
 
     fn new_vm(id: &str) -> NewMicrovm<'_> {
-        NewMicrovm { scope: SCOPE, id, image_id: "image", image_name: "image", number: 1, endpoint: id, spec: "{}", now_ms: 5 }
+        NewMicrovm {
+            scope: SCOPE,
+            id,
+            image_id: "image",
+            image_name: "image",
+            number: 1,
+            endpoint: id,
+            spec: "{}",
+            memory_mib: 512,
+            connector: None,
+            memory_limit_mib: 1 << 20,
+            now_ms: 5,
+        }
     }
 
     fn terminated(at: i64) -> MicrovmChange {
@@ -296,9 +340,22 @@ mod tests {
         let (_dir, store) = built().await;
         let token = ClientToken { operation: "run", token: "t", fingerprint: "f" };
         store.create_microvm(&new_vm("a"), Some(token)).await.unwrap();
-        let replayed = CreateMicrovm::Replayed { id: "a".to_owned() };
+        let replayed = CreateMicrovm::Replayed(Made { id: "a".to_owned(), number: 1 });
         assert_eq!(store.create_microvm(&new_vm("b"), Some(token)).await.unwrap(), replayed);
         store.delete_microvm("a").await.unwrap();
         assert_eq!(store.create_microvm(&new_vm("b"), Some(token)).await.unwrap(), CreateMicrovm::Created);
+    }
+    #[tokio::test]
+    async fn memory_is_counted_until_the_termination() {
+        let (_dir, store) = built().await;
+        let limited = |id| NewMicrovm { memory_limit_mib: 1000, ..new_vm(id) };
+        assert_eq!(store.create_microvm(&limited("a"), None).await.unwrap(), CreateMicrovm::Created);
+        assert_eq!(store.create_microvm(&limited("b"), None).await.unwrap(), CreateMicrovm::Created, "512 of 1000 MiB are not all");
+        assert_eq!(store.create_microvm(&limited("c"), None).await.unwrap(), CreateMicrovm::LimitReached);
+        let elsewhere = Scope { region: "eu-west-1", ..SCOPE };
+        let elsewhere = store.create_microvm(&NewMicrovm { scope: elsewhere, ..limited("d") }, None).await.unwrap();
+        assert_eq!(elsewhere, CreateMicrovm::Created, "each scope has its own");
+        store.save_microvm("a", &terminated(9)).await.unwrap();
+        assert_eq!(store.create_microvm(&limited("c"), None).await.unwrap(), CreateMicrovm::Created);
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use hearth_build::{BuildRequest, Built, ImageConfig};
 use hearth_guest_protocol::App;
-use hearth_machine::{BootError, BootSpec, CaptureError, Egress, GuestError, Machine, MachineEvent, Snapshot};
+use hearth_machine::{BootError, BootSpec, CaptureError, GuestError, Machine, MachineEvent, Snapshot};
 use hearth_objects::ObjectUri;
 use tokio::{
     sync::mpsc,
@@ -18,6 +18,7 @@ use tokio::{
 
 use crate::{
     arn::ImageArn,
+    error::ControlError,
     logs::{LogLine, LogOrigin, LogWriter},
     pump::Pump,
     records::{millis, version_name},
@@ -168,6 +169,12 @@ impl Pipeline {
 
     async fn boot(&self, work: &Path, rootfs: PathBuf) -> Result<Box<dyn Machine>, String> {
         let spec = &self.job.spec;
+        let resolved = self.shared.policies.resolve(&self.image.account, &self.image.region, &spec.egress_network_connectors).await;
+        let egress = match resolved {
+            Ok(egress) => egress,
+            Err(error @ (ControlError::ConnectorNotFound(_) | ControlError::InvalidTags(_))) => return Err(error.to_string()),
+            Err(error) => return Err(self.host_failed(&error).await),
+        };
         self.say(format!("Booting with {} MiB of memory.", spec.memory_mib)).await;
         let booted = self
             .shared
@@ -178,7 +185,7 @@ impl Pipeline {
                 rootfs,
                 vcpus: Shape::of(spec.memory_mib).map_or(1, |shape| shape.vcpus),
                 memory_mib: spec.memory_mib,
-                egress: Egress::default(),
+                egress,
                 timeout: self.shared.settings.boot_timeout,
             })
             .await;

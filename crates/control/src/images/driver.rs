@@ -2,20 +2,23 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use hearth_store::DeleteImage;
-use tokio::sync::{mpsc, oneshot};
+use hearth_store::{ChangeVersion, ClientToken, CreateVersion, DeleteImage, NewVersion, Scope};
+use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    records::{build_bytes, millis, word},
-    types::{BuildSizes, ImageState},
+    records::{build_bytes, json, millis, word},
+    types::{BuildSizes, ImageState, VersionStatus},
 };
 
 use super::{
-    Deleted, Identity, Job, Shared,
+    Answer, Identity, Job, Recorded, Request, Shared, Update,
     build::{Failure, HOST_FAILED, Pipeline},
-    finish_delete,
+    finish_delete, finish_version_delete,
 };
+
+/// Number of the version that makes an image; all others update it.
+pub(crate) const FIRST: i64 = 1;
 
 /// A task of its own: it may hold the store's one writer, and must get on while the driver waits for that.
 type Building = AbortOnDropHandle<Result<BuildSizes, Failure>>;
@@ -23,18 +26,15 @@ type Building = AbortOnDropHandle<Result<BuildSizes, Failure>>;
 pub struct Driver {
     shared: Arc<Shared>,
     image: Identity,
-    deletes: mpsc::UnboundedReceiver<oneshot::Sender<Deleted>>,
+    mailbox: mpsc::UnboundedReceiver<Request>,
     building: Option<(Job, Building)>,
 }
 
 impl Driver {
-    pub fn new(shared: Arc<Shared>, image: Identity, deletes: mpsc::UnboundedReceiver<oneshot::Sender<Deleted>>, job: Option<Job>) -> Self {
-        let building = job.map(|job| {
-            let pipeline = Pipeline::new(Arc::clone(&shared), image.clone(), job.clone());
-            let building = AbortOnDropHandle::new(tokio::spawn(pipeline.run()));
-            (job, building)
-        });
-        Self { shared, image, deletes, building }
+    pub fn new(shared: Arc<Shared>, image: Identity, mailbox: mpsc::UnboundedReceiver<Request>, job: Option<Job>) -> Self {
+        let mut driver = Self { shared, image, mailbox, building: None };
+        driver.building = job.map(|job| driver.build(job));
+        driver
     }
 
     pub async fn run(mut self) {
@@ -42,8 +42,11 @@ impl Driver {
             let building = self.building.is_some();
             tokio::select! {
                 built = finished(&mut self.building) => self.built(built).await,
-                delete = self.deletes.recv() => match delete {
-                    Some(answer) => if self.delete(answer).await { return },
+                request = self.mailbox.recv() => match request {
+                    Some(Request::Update(update, answer)) => self.update(update, answer).await,
+                    Some(Request::SetStatus(number, status, answer)) => self.set_status(number, status, answer).await,
+                    Some(Request::DeleteVersion(number, answer)) => self.delete_version(number, answer).await,
+                    Some(Request::Delete(answer)) => if self.delete(answer).await { return },
                     None => return,
                 },
                 // A build notices by itself.
@@ -52,18 +55,22 @@ impl Driver {
         }
     }
 
+    fn build(&self, job: Job) -> (Job, Building) {
+        let pipeline = Pipeline::new(Arc::clone(&self.shared), self.image.clone(), job.clone());
+        (job, AbortOnDropHandle::new(tokio::spawn(pipeline.run())))
+    }
+
     async fn built(&mut self, (job, result): (Job, Result<BuildSizes, Failure>)) {
         let (store, id) = (&self.shared.store, &self.image.id);
         let now = millis(SystemTime::now());
         let recorded = match result {
             Ok(sizes) => {
-                let state = word(ImageState::Created);
+                let state = word(if job.number == FIRST { ImageState::Created } else { ImageState::Updated });
                 store.build_succeeded(id, job.number, &job.build_id, build_bytes(sizes), &state, now).await
             }
             Err(failure) => {
                 tracing::info!(image = self.image.name, build = job.build_id, reason = failure.reason, "an image could not be built");
-                let state = word(ImageState::CreateFailed);
-                let bytes = build_bytes(failure.sizes);
+                let (state, bytes) = (word(failed_state(job.number)), build_bytes(failure.sizes));
                 store.build_failed(id, job.number, &job.build_id, &failure.reason, bytes, &state, now).await
             }
         };
@@ -74,20 +81,77 @@ impl Driver {
         self.shared.changed();
     }
 
+    /// Records the next version and starts its build.
+    async fn update(&mut self, update: Update, answer: Answer<CreateVersion>) {
+        let Update { spec, build_id, token } = update;
+        let created_ms = millis(SystemTime::now());
+        let version = NewVersion {
+            scope: Scope { account: &self.image.account, region: &self.image.region },
+            image_id: &self.image.id,
+            spec: &json(&spec),
+            build_id: &build_id,
+            limit: self.shared.settings.quotas.versions_per_image,
+            now_ms: created_ms,
+        };
+        let token = token.as_ref().map(|(token, fingerprint)| ClientToken { operation: "UpdateMicrovmImage", token, fingerprint });
+        let created = self.shared.store.create_version(&version, token).await;
+        if let Ok(CreateVersion::Created { number }) = created {
+            self.building = Some(self.build(Job { build_id, number, spec, created_ms }));
+            self.shared.changed();
+        }
+        self.answer(answer, created);
+    }
+
+    async fn set_status(&mut self, number: i64, status: VersionStatus, answer: Answer<ChangeVersion>) {
+        let (store, id) = (&self.shared.store, &self.image.id);
+        let begun = store.begin_status_change(id, number, &word(status), millis(SystemTime::now())).await;
+        let started = matches!(begun, Ok(ChangeVersion::Started));
+        self.answer(answer, begun);
+        if started {
+            self.shared.changed();
+            if let Err(error) = store.image_updated(id, millis(SystemTime::now())).await {
+                tracing::error!(image = self.image.name, %error, "the end of an image's update could not be recorded; the next start repeats it");
+            }
+            self.shared.changed();
+        }
+    }
+
+    async fn delete_version(&mut self, number: i64, answer: Answer<ChangeVersion>) {
+        let begun = self.shared.store.begin_version_delete(&self.image.id, number, millis(SystemTime::now())).await;
+        let started = matches!(begun, Ok(ChangeVersion::Started));
+        self.answer(answer, begun);
+        if started {
+            self.shared.changed();
+            if let Err(error) = finish_version_delete(&self.shared, &self.image, number).await {
+                tracing::error!(image = self.image.name, %error, "the end of a version's deletion could not be recorded; the next start repeats it");
+            }
+        }
+    }
+
     /// Deletes the image if that is possible; tells whether it is gone.
-    async fn delete(&mut self, answer: oneshot::Sender<Deleted>) -> bool {
+    async fn delete(&mut self, answer: Answer<DeleteImage>) -> bool {
         let begun = self.shared.store.begin_image_delete(&self.image.id, millis(SystemTime::now())).await;
         let started = matches!(begun, Ok(DeleteImage::Started));
         if started {
             self.shared.changed();
         }
-        // Fails when the caller has gone away, which changes nothing.
-        let _ = answer.send(begun);
+        self.answer(answer, begun);
         if started && let Err(error) = finish_delete(&self.shared, &self.image).await {
             tracing::error!(image = self.image.name, %error, "the end of an image's deletion could not be recorded; the next start repeats it");
         }
         started
     }
+
+    fn answer<T>(&self, answer: Answer<T>, recorded: Recorded<T>) {
+        if answer.send(recorded).is_err() {
+            tracing::debug!(image = self.image.name, "whoever asked has gone away, which changes nothing");
+        }
+    }
+}
+
+/// An image's state after a build that failed.
+pub(crate) fn failed_state(number: i64) -> ImageState {
+    if number == FIRST { ImageState::CreateFailed } else { ImageState::UpdateFailed }
 }
 
 /// The build's result; never, if there is none. Cancel safe.

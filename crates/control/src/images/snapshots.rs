@@ -7,7 +7,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use hearth_machine::{Snapshot, SnapshotError};
+use hearth_machine::{Engine, Snapshot, SnapshotError};
+use hearth_store::Store;
 
 use crate::records::version_name;
 
@@ -58,6 +59,28 @@ impl Snapshots {
         let snapshot = self.get(image_id, number).await.ok()?;
         self.lock().remove(&(image_id.to_owned(), number));
         Some(snapshot)
+    }
+
+    /// Deletes a version's snapshot if the version is gone and no MicroVM can be resumed from it any more.
+    pub async fn release(&self, store: &Store, engine: &dyn Engine, image_id: &str, number: i64) {
+        match store.is_version_needed(image_id, number).await {
+            Ok(true) => return,
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(image_id, number, %error, "the snapshot of a version is left until the next start");
+                return;
+            }
+        }
+        if let Some(snapshot) = self.forget(image_id, number).await {
+            engine.forget(&snapshot).await;
+        }
+        let dir = version_dir(&self.data_dir, image_id, number);
+        match tokio::fs::remove_dir_all(&dir).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(dir = %dir.display(), %error, "files of a deleted version are left until the next start");
+            }
+            _ => {}
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Open> {

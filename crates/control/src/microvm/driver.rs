@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_machine::{Dial, Egress, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, SnapshotError};
+use hearth_machine::{Dial, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, SnapshotError};
 use hearth_store::StoreError;
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -275,11 +275,22 @@ impl Driver {
         let shared = Arc::clone(&self.shared);
         let (id, dir, generation) = (self.record.vm.id.clone(), self.dir.clone(), self.record.generation);
         let (image_id, number) = (self.record.image_id.clone(), self.record.number);
+        let (account, region) = (self.record.account.clone(), self.record.region.clone());
+        let connectors = self.record.vm.egress_network_connectors.clone();
         begin(async move {
+            // What a connector means may have changed since the last launch.
+            let egress = match shared.policies.resolve(&account, &region, &connectors).await {
+                Ok(egress) => egress,
+                Err(error) => {
+                    tracing::error!(id, generation, %error, "a MicroVM's egress connector means nothing");
+                    let keeps_state = source == LaunchSource::Suspended && holds_suspended_state(&dir).await;
+                    return Outcome::Launched(Err(LaunchFailure { reason: reason::NO_CONNECTOR.to_owned(), keeps_state }));
+                }
+            };
             let launched = async {
                 let snapshot = shared.snapshots.get(&image_id, number).await?;
                 let dir = dir.clone();
-                shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, egress: Egress::default(), generation }).await
+                shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, egress, generation }).await
             };
             let error = match launched.await {
                 Ok(machine) => return Outcome::Launched(Ok(machine)),
@@ -420,6 +431,8 @@ impl Driver {
         self.save_after_the_fact().await;
         self.publish(None);
         self.shared.terminated.notify_one();
+        let shared = &self.shared;
+        shared.snapshots.release(&shared.store, shared.engine.as_ref(), &self.record.image_id, self.record.number).await;
     }
 
     fn dialer(&self) -> Option<Arc<dyn Dial>> {

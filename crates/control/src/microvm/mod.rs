@@ -46,6 +46,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     arn::allows_http,
+    connectors::Policies,
     error::ControlError,
     images::Snapshots,
     logs::LogStore,
@@ -60,6 +61,7 @@ pub(crate) struct Shared {
     pub store: Store,
     pub engine: Arc<dyn Engine>,
     pub snapshots: Arc<Snapshots>,
+    pub policies: Arc<Policies>,
     pub logs: Arc<LogStore>,
     /// Parent of the MicroVMs' directories.
     pub dir: PathBuf,

@@ -6,6 +6,7 @@ pub const TERMINATE_CALL: &str = "Success.";
 pub const LIFETIME_OVER: &str = "MicroVM exceeded maximum lifetime.";
 pub const SUSPENDED_TOO_LONG: &str = "MicroVM exceeded maximum suspended duration.";
 pub const IDLE: &str = "MicroVM exceeded maximum idle duration.";
+pub const NO_CONNECTOR: &str = "The MicroVM could not be launched: its egress network connector cannot be read. The server's log says why.";
 /// What a server says of the MicroVMs that ran when an earlier one died.
 pub const HOST_STOPPED: &str = "The host stopped while the MicroVM was running.";
 

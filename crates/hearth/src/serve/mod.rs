@@ -288,6 +288,8 @@ fn settings(config: &ServeConfig, dir: &DataDir) -> Settings {
         ready_timeout: config.ready_timeout(),
         wake_timeout: config.wake_timeout(),
         terminated_retention: config.terminated_retention(),
+        quotas: config.quotas.into(),
+        connectors: config.egress_policies(),
         shutdown_timeout: SUSPEND,
         ..defaults
     }
