@@ -136,7 +136,7 @@ impl Decider<'_> {
         let resource = self.resource(&action, rule.resource, input).await?;
         self.allow(&action, &resource, &context)?;
         for pass in rule.passes {
-            self.pass(*pass, input, &context)?;
+            self.pass(*pass, input, &context).await?;
         }
         Ok(())
     }
@@ -189,16 +189,23 @@ impl Decider<'_> {
         }
     }
 
-    /// The ARN that a connector's id stands for.
+    /// The ARN of the connector that a name, an id, or the ARN of one of its versions stands for: policies name connectors in one way only.
     async fn connector(&self, connector: &str) -> Result<String, ApiError> {
-        if connector.starts_with("arn:") {
+        let caller = &self.who.caller;
+        if self.who.principal.is_administrator() || account_of(connector) == Some("aws") {
             return Ok(connector.to_owned());
         }
-        let caller = &self.who.caller;
-        Ok(format!("arn:aws:lambda:{}:{}:network-connector:{connector}", caller.region, caller.account))
+        match self.plane.get_connector(caller, connector).await {
+            Ok((found, _)) => Ok(found.arn),
+            Err(ControlError::ConnectorNotFound(_)) if connector.starts_with("arn:") => Ok(connector.to_owned()),
+            Err(ControlError::ConnectorNotFound(_)) => {
+                Ok(format!("arn:aws:lambda:{}:{}:network-connector:{connector}", caller.region, caller.account))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
-    fn pass(&self, pass: Pass, input: &Map<String, Value>, context: &Context) -> Result<(), ApiError> {
+    async fn pass(&self, pass: Pass, input: &Map<String, Value>, context: &Context) -> Result<(), ApiError> {
         let caller = &self.who.caller;
         match pass {
             Pass::Role(member) => {
@@ -218,7 +225,7 @@ impl Decider<'_> {
                     if account_of(&connector) != Some("aws") {
                         self.own(action, &connector)?;
                     }
-                    self.allow(action, &connector, context)?;
+                    self.allow(action, &self.connector(&connector).await?, context)?;
                 }
                 Ok(())
             }

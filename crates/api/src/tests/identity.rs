@@ -224,6 +224,20 @@ async fn roles_and_connectors_are_passed_with_leave_also_the_managed_ones() {
 }
 
 #[tokio::test]
+async fn a_connector_is_the_same_by_name_id_version_and_arn() {
+    let world = World::new();
+    let deny = json!({"Effect": "Deny", "Action": "*", "Resource": CONNECTOR});
+    let user = world.user(ACCOUNT, "ann", json!([allow(json!("*"), json!("*")), deny]));
+    for name in ["out".to_owned(), "nc-1".to_owned(), CONNECTOR.replace(':', "%3A"), format!("{CONNECTOR}:1").replace(':', "%3A")] {
+        let answer = world.call(&user, "GET", &format!("/2026-04-04/network-connectors/{name}"), Value::Null).await;
+        assert!(denied(&answer).is_some_and(|message| message.contains("explicit deny")), "{name}: {}", answer.body);
+    }
+    let body = json!({"imageIdentifier": IMAGE, "egressNetworkConnectors": [format!("{CONNECTOR}:1")]});
+    let answer = world.call(&user, "POST", "/2025-09-09/microvms", body).await;
+    assert!(denied(&answer).is_some_and(|message| message.contains("lambda:PassNetworkConnector")), "{}", answer.body);
+}
+
+#[tokio::test]
 async fn passed_roles_are_any_until_the_account_has_its_own() {
     let world = World::new();
     let example = "arn:aws:iam::123456789012:role/MicroVMRole";
