@@ -1,4 +1,4 @@
-//! The HTTP face of the AWS APIs: one listener serves Lambda MicroVMs, its network connectors, tags, and S3.
+//! The HTTP face of the AWS APIs: one listener serves Lambda MicroVMs, its network connectors, tags, CloudWatch Logs, and S3.
 //!
 //! A request is routed by its path (and S3 by the signature's scope), authenticated, checked against the service's model, handed to the
 //! [`ControlPlane`], and answered in the wire shapes of SPEC sections 3 and 5.
@@ -9,6 +9,7 @@ mod auth;
 mod authorize;
 mod connectors;
 mod error;
+mod logs;
 mod model;
 mod operations;
 mod rules;
@@ -20,7 +21,11 @@ mod tests;
 mod validate;
 mod wire;
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc};
+use std::{
+    convert::Infallible,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use axum::{
     Router,
@@ -34,7 +39,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Service, ServiceExt};
 use uuid::Uuid;
 
-use hearth_control::plane::ControlPlane;
+use hearth_control::{logs::LogStore, plane::ControlPlane};
 
 use authorize::Decider;
 use error::{ApiError, REQUEST_ID, json_response};
@@ -63,19 +68,20 @@ impl Settings {
 }
 
 /// All APIs of one listener. `objects` answers everything that is meant for S3 and authenticates it by itself.
-pub fn service<S, B>(plane: Arc<dyn ControlPlane>, objects: S, auth: Auth, settings: Settings) -> Router
+pub fn service<S, B>(plane: Arc<dyn ControlPlane>, logs: Arc<LogStore>, objects: S, auth: Auth, settings: Settings) -> Router
 where
     S: Service<Request, Response = http::Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
     S::Future: Send,
     B: HttpBody<Data = Bytes> + Send + 'static,
     B::Error: Into<axum::BoxError>,
 {
-    Router::new().fallback(answer::<S, B>).with_state(Api { plane, objects, auth, settings: Arc::new(settings) })
+    Router::new().fallback(answer::<S, B>).with_state(Api { plane, logs, objects, auth, settings: Arc::new(settings) })
 }
 
 #[derive(Clone)]
 struct Api<S> {
     plane: Arc<dyn ControlPlane>,
+    logs: Arc<LogStore>,
     objects: S,
     auth: Auth,
     settings: Arc<Settings>,
@@ -99,7 +105,7 @@ impl Destination {
         };
         match scope {
             Ok("s3") => Self::Objects,
-            _ if starts("x-amz-target", "Logs_20140328.") => Self::Logs,
+            _ if starts("x-amz-target", logs::TARGET) => Self::Logs,
             _ if method == Method::POST && path == "/" && starts(CONTENT_TYPE.as_str(), "application/x-www-form-urlencoded") => Self::Sts,
             Ok(_) => Self::Lambda,
             Err(_) if ["/2025-09-09/", "/2026-04-04/", "/2017-03-31/"].iter().any(|prefix| path.starts_with(prefix)) => Self::Lambda,
@@ -121,7 +127,7 @@ where
             Ok(response) => response.map(Body::new),
         },
         Destination::Lambda => call(&api, request).await.unwrap_or_else(|error| error.into_response(&id)),
-        Destination::Logs => ApiError::not_yet("CloudWatch Logs").into_response(&id),
+        Destination::Logs => logs::answer(&api, request, &id).await,
         Destination::Sts => {
             let (parts, body) = request.into_parts();
             match read_body(body).await {
@@ -151,12 +157,16 @@ async fn call<S>(api: &Api<S>, request: Request) -> Result<Response, ApiError> {
     })?;
     let input = validate::input(operation, labels, uri.query().unwrap_or_default(), &body)?;
     validate::check(operation, &input, api.settings.min_idle_seconds)?;
-    let source = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(address)| address.ip());
-    let decider = Decider { plane: api.plane.as_ref(), directory: api.auth.directory(), who: &who, source };
+    let decider = Decider { plane: api.plane.as_ref(), directory: api.auth.directory(), who: &who, source: source(&parts) };
     decider.decide(&operation.name, &input).await?;
     let output = operations::perform(api.plane.as_ref(), &who.caller, &operation.name, input).await?;
     let status = StatusCode::from_u16(operation.status).map_err(|e| ApiError::internal(e.to_string()))?;
     Ok(json_response(status, &output))
+}
+
+/// Where a request came from, if it came over the network.
+fn source(parts: &Parts) -> Option<IpAddr> {
+    parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(address)| address.ip())
 }
 
 async fn read_body(body: Body) -> Result<Bytes, ApiError> {

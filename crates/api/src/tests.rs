@@ -18,6 +18,7 @@ use tower::ServiceExt;
 
 use hearth_control::{
     ControlError,
+    logs::{LogStore, Retention},
     plane::ControlPlane,
     types::{
         Build, BuildSizes, BuildState, Caller, Connector, ConnectorSpec, ConnectorState, ConnectorVersion, CreateConnector, CreateImage,
@@ -39,7 +40,7 @@ const HTTP_INGRESS: &str = "arn:aws:lambda:us-east-1:aws:network-connector:aws-n
 
 /// Answers with fixed resources, or with the error it was given, and remembers what it was asked.
 #[derive(Default)]
-struct Fake {
+pub(crate) struct Fake {
     asked: Mutex<Vec<String>>,
     error: Mutex<Option<ControlError>>,
 }
@@ -309,12 +310,12 @@ fn connector() -> Connector {
     }
 }
 
-fn caller(region: &str) -> Caller {
+pub(crate) fn caller(region: &str) -> Caller {
     Caller { account: "000000000000".to_owned(), region: region.to_owned(), principal: "arn:aws:iam::000000000000:root".to_owned() }
 }
 
 /// The administrator with the key `AKID`, and nobody else.
-fn directory() -> Arc<Directory> {
+pub(crate) fn directory() -> Arc<Directory> {
     let key = Key { access_key_id: "AKID".to_owned(), secret_access_key: "secret".to_owned() };
     let root = Account { id: "000000000000".to_owned(), keys: vec![key] };
     let sealer = Sealer::new(&[7; Sealer::KEY_LENGTH]);
@@ -344,7 +345,8 @@ impl Server {
         let plane = Arc::new(Fake::default());
         let objects = tower::service_fn(|_| async { Ok::<_, Infallible>(Response::new(Body::from("\"object\""))) });
         let settings = Settings { regions: vec!["us-east-1".to_owned()], min_idle_seconds: 60 };
-        Self { router: service(plane.clone(), objects, auth, settings), plane }
+        let logs = LogStore::new("/nonexistent".into(), Retention::default());
+        Self { router: service(plane.clone(), logs, objects, auth, settings), plane }
     }
 
     fn trusted() -> Self {

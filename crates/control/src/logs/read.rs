@@ -211,10 +211,13 @@ impl LogStore {
         blocking(move || {
             let segments = Segments::of(&dir)?;
             let (first, last) = (segments.first()?, segments.last()?);
+            let first_ms = first.map(|entry| entry.line.time_ms);
+            let created_ms = created_ms(&dir)?;
             Ok(StreamInfo {
                 name,
-                created_ms: created_ms(&dir)?,
-                first_ms: first.map(|entry| entry.line.time_ms),
+                // A line has a moment on its way here.
+                created_ms: first_ms.map_or(created_ms, |first| first.min(created_ms)),
+                first_ms,
                 last_ms: last.as_ref().map(|entry| entry.line.time_ms),
                 ingested_ms: last.map(|entry| entry.line.time_ms + entry.line.late_ms),
             })

@@ -130,7 +130,8 @@ impl LogStore {
                 continue;
             }
             let old = segment.modified + self.retention.age <= now;
-            if !old && !(overfull && kept > most) {
+            let too_much = overfull && kept > most;
+            if !(old || too_much) {
                 oldest = oldest.or(Some(segment.modified));
                 continue;
             }

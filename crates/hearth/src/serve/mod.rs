@@ -204,7 +204,7 @@ impl Server {
         };
         let api = |auth, access| {
             let settings = hearth_api::Settings { regions: config.served_regions(), min_idle_seconds: config.min_idle_seconds };
-            hearth_api::service(self.control.clone(), objects.service(access), auth, settings)
+            hearth_api::service(self.control.clone(), Arc::clone(&logs), objects.service(access), auth, settings)
         };
 
         let signed = api(Auth::SigV4(Arc::clone(&principals)), Access::Signed);
@@ -217,7 +217,7 @@ impl Server {
             plane: self.control.clone(),
             changes: self.control.changes(),
             stop: self.stop.clone(),
-            logs,
+            logs: Arc::clone(&logs),
             objects: Arc::new(objects.clone()),
             caller: administrator.clone(),
             tmp: self.dir.tmp(),
