@@ -62,11 +62,6 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "UnknownOperationException", "message", message, &[])
     }
 
-    /// 400: modelled, but not there yet. A 5xx would be retried by SDKs.
-    pub fn not_yet(what: &str) -> Self {
-        Self::validation(format!("{what} is not implemented by this version of Hearth."))
-    }
-
     /// 400: an exception of a service that has its own names for them.
     pub fn client(exception: &'static str, message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, exception, "message", Value::String(message.into()), &[])
