@@ -9,7 +9,7 @@ import re
 import support
 
 from . import catalogue
-from .model import COMPATIBILITY, operations, server_operations
+from .model import COMPATIBILITY, SUITE, operations, server_operations
 
 VERDICTS = ("same", "different", "extension")
 
@@ -76,6 +76,17 @@ def test_every_operation_has_a_row_and_no_other_is_named():
 
 def test_every_message_of_the_catalogue_has_a_row():
     assert not {f"message.{name}" for name in catalogue.CATALOGUE} - {row.id for row in rows()}
+
+
+def test_every_operation_is_called_with_boto3():
+    words = set()
+    for path in SUITE.glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                words.add(node.attr)
+            elif isinstance(node, ast.Constant):
+                words.add(node.value)
+    assert not {"_".join(re.findall("[A-Z][a-z]+", name)).lower() for name in operations()} - words
 
 
 def test_the_server_was_built_with_the_operations_of_the_published_model():

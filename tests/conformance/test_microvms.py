@@ -51,7 +51,7 @@ def test_run_answers_every_member_with_its_default(raw, things):
 
 
 @pytest.mark.compat("run.echo")
-def test_run_echoes_its_settings_but_no_secrets(things, microvms):
+def test_run_echoes_its_settings_but_no_secrets(things):
     """SPEC 5.4: `runHookPayload`, `logging` and `clientToken` are never echoed."""
     policy = support.idle_policy(idle=300, suspended=3600, resume=False)
     microvm = things.run(
@@ -122,7 +122,10 @@ def test_suspend_and_resume_answer_at_once_and_twice(things, raw, microvms):
         assert (reply.status, reply.json()) == (200, {}), verb
         microvm.wait(state)
         assert page(microvm).status == (200 if state == "RUNNING" else 502)
-    assert microvms.get_microvm(microvmIdentifier=microvm.id)["endpoint"] == microvm.endpoint
+    microvms.suspend_microvm(microvmIdentifier=microvm.id)
+    microvm.wait("SUSPENDED")
+    microvms.resume_microvm(microvmIdentifier=microvm.id)
+    assert microvm.wait("RUNNING")["endpoint"] == microvm.endpoint
     microvm.terminate()
 
 
