@@ -22,8 +22,8 @@ use hearth_control::{
     plane::ControlPlane,
     types::{
         Build, BuildSizes, BuildState, Caller, Connector, ConnectorSpec, ConnectorState, ConnectorVersion, CreateConnector, CreateImage,
-        IdlePolicy, Image, ImageSpec, ImageState, ImageVersion, ManagedImage, ManagedImageVersion, Microvm, MicrovmFilter, MicrovmState, Page,
-        PageRequest, PortSpec, RunMicrovm, UpdateConnector, UpdateImage, VersionState, VersionStatus,
+        IdlePolicy, Image, ImageSpec, ImageState, ImageVersion, ManagedImage, ManagedImageVersion, Microvm, MicrovmFilter, MicrovmState,
+        Page, PageRequest, PortSpec, RunMicrovm, UpdateConnector, UpdateImage, VersionState, VersionStatus,
     },
 };
 
@@ -260,12 +260,7 @@ impl ControlPlane for Fake {
         Ok((connector(), identifier.ends_with(":1").then_some(1)))
     }
 
-    async fn list_connectors(
-        &self,
-        _: &Caller,
-        state: Option<ConnectorState>,
-        page: PageRequest,
-    ) -> Result<Page<Connector>, ControlError> {
+    async fn list_connectors(&self, _: &Caller, state: Option<ConnectorState>, page: PageRequest) -> Result<Page<Connector>, ControlError> {
         self.note(format!("list_connectors {state:?} {page:?}"))?;
         Ok(Page { items: vec![connector()], next: page.token.is_none().then(|| "bmV4dA".to_owned()) })
     }

@@ -108,7 +108,7 @@ async fn a_connector_in_use_is_neither_updated_nor_deleted() {
     let made = world.connector("out", &[]).await;
     let request = RunMicrovm { egress_network_connectors: vec![made.arn.clone()], ..run("demo", None) };
     let vm = world.control.run_microvm(&caller(), request.clone()).await.unwrap();
-    assert_eq!(vm.egress_network_connectors, [made.arn.clone()]);
+    assert_eq!(vm.egress_network_connectors, std::slice::from_ref(&made.arn));
     let update = UpdateConnector { configuration: Some(json!({})), operator_role: None, client_token: None };
     assert!(matches!(world.control.update_connector(&caller(), "out", update).await, Err(ControlError::ConnectorConflict(_))));
     assert!(matches!(world.control.delete_connector(&caller(), "out").await, Err(ControlError::ConnectorConflict(_))));

@@ -43,7 +43,7 @@ impl Driver {
             tokio::select! {
                 built = finished(&mut self.building) => self.built(built).await,
                 request = self.mailbox.recv() => match request {
-                    Some(Request::Update(update, answer)) => self.update(update, answer).await,
+                    Some(Request::Update(update, answer)) => self.update(*update, answer).await,
                     Some(Request::SetStatus(number, status, answer)) => self.set_status(number, status, answer).await,
                     Some(Request::DeleteVersion(number, answer)) => self.delete_version(number, answer).await,
                     Some(Request::Delete(answer)) => if self.delete(answer).await { return },

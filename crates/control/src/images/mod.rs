@@ -123,7 +123,7 @@ type Answer<T> = oneshot::Sender<Recorded<T>>;
 
 /// A message with someone who waits for the answer.
 enum Request {
-    Update(Update, Answer<CreateVersion>),
+    Update(Box<Update>, Answer<CreateVersion>),
     SetStatus(i64, VersionStatus, Answer<ChangeVersion>),
     DeleteVersion(i64, Answer<ChangeVersion>),
     Delete(Answer<DeleteImage>),
@@ -145,7 +145,7 @@ impl Handle {
 
     /// Asks for a new version.
     pub async fn update(&self, update: Update) -> Option<Recorded<CreateVersion>> {
-        self.ask(|answer| Request::Update(update, answer)).await
+        self.ask(|answer| Request::Update(Box::new(update), answer)).await
     }
 
     /// Asks to let a version be launched, or not.
