@@ -1,6 +1,6 @@
 //! Verifies AWS Signature Version 4 in the `Authorization` header.
 //!
-//! Written here because the one maintained verifier on crates.io encodes the path once, as S3 does, where every other service encodes it twice:
+//! Written here because the one maintained library for it encodes the path once, as S3 does, where every other service encodes it twice:
 //! it refuses what SDKs sign for paths with an ARN in them. It also fixes the clock skew at 15 minutes and secrets at 40 characters.
 //! Source: AWS IAM user guide, "Create a signed AWS API request".
 
