@@ -31,6 +31,8 @@ def test_image_build_follows_the_build_and_succeeds(server, image):
     assert answer.returncode == 0, said
     assert "STEP" in said or "FROM" in said, "the build log is followed"
     assert "built-by-hand" in succeed(server, "image", "ls")
+    again = server.hearth("image", "build", str(FLASK_HELLO), "--name", "built-by-hand", "--memory", "512", timeout=support.BUILD_SECONDS)
+    assert again.returncode == 0 and "2.0 is UPDATED" in again.stdout, again.stdout + again.stderr
     succeed(server, "image", "rm", "built-by-hand")
 
 

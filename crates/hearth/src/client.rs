@@ -209,7 +209,6 @@ fn advice(message: &str, status: StatusCode) -> Option<&'static str> {
         ("MicroVMImage not found", "see `hearth image ls` for the images there are"),
         ("MicroVM not found", "see `hearth ps -a` for the MicroVMs there are"),
         ("No active version found", "build it first: `hearth image build DIR`; `hearth image ls` shows what is there"),
-        ("already exists in this account", "remove it first (`hearth image rm NAME`), or build under another --name"),
         ("with running microvms", "terminate them first: `hearth ps` shows them, `hearth terminate ID` ends one"),
         ("has been terminated", "run another: `hearth run IMAGE`"),
     ];

@@ -81,7 +81,7 @@ struct Stored {
     uri: String,
 }
 
-/// `hearth image build`: follows the build. Exit code 0 once the image can be run, 1 if the build failed.
+/// `hearth image build`: makes an image, or the next version of one that is there, and follows the build. Exit code 0 once the image can be run, 1 if the build failed.
 pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> {
     let connect = Connect::read(client.dir())?;
     let dir = args.dir.canonicalize().with_context(|| format!("opening {}", args.dir.display()))?;
@@ -108,7 +108,13 @@ pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> 
         "resources": [{"minimumMemoryInMiB": args.memory}],
         "environmentVariables": environment,
     });
-    let created: Created = client.call(Method::POST, "/2025-09-09/microvm-images", Some(request)).await?;
+    let path = format!("/2025-09-09/microvm-images/{}", names::escape(&names::image_arn(&connect, &name)));
+    let (method, path) = match client.call::<Value>(Method::GET, &path, None).await {
+        Ok(_) => (Method::PUT, path),
+        Err(ClientError::Refused { status: http::StatusCode::NOT_FOUND, .. }) => (Method::POST, "/2025-09-09/microvm-images".to_owned()),
+        Err(error) => return Err(error.into()),
+    };
+    let created: Created = client.call(method, &path, Some(request)).await?;
     progress.set_message(format!("building {name} {}", created.image_version));
     let print = |bytes: &[u8]| progress.suspend(|| io::stdout().write_all(bytes));
     logs::copy(&client, &format!("image={}", names::escape(&name)), true, print).await?;
