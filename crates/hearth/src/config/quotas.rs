@@ -187,7 +187,11 @@ mod tests {
     #[test]
     fn a_rate_that_lets_nothing_through_is_named() {
         let with = |run| QuotasConfig { run, ..QuotasConfig::default() };
-        for run in [RateConfig { per_second: 0.0, burst: 1 }, RateConfig { per_second: f64::INFINITY, burst: 1 }, RateConfig { per_second: 1.0, burst: 0 }] {
+        for run in [
+            RateConfig { per_second: 0.0, burst: 1 },
+            RateConfig { per_second: f64::INFINITY, burst: 1 },
+            RateConfig { per_second: 1.0, burst: 0 },
+        ] {
             assert_eq!(with(run).unusable().map(|(key, _)| key), Some("quotas.run"));
         }
         assert_eq!(QuotasConfig::default().unusable(), None);

@@ -1,6 +1,9 @@
 //! The server's listeners, bound before anything is started that would have to be stopped again.
 
-use std::{io, net::SocketAddr};
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use tokio::net::TcpListener;
 
@@ -46,7 +49,19 @@ impl Listeners {
                 Err(error) => tracing::info!(%error, "endpoints' URLs need the port {}", listeners.endpoint.port()),
             }
         }
+        listeners.add_other_loopbacks().await;
         Ok(listeners)
+    }
+
+    /// Names below `localhost` resolve to `::1` too, and some clients try nothing else.
+    async fn add_other_loopbacks(&mut self) {
+        let addresses: Vec<SocketAddr> = self.endpoints.iter().filter_map(|listener| listener.local_addr().ok()).collect();
+        for address in addresses.into_iter().filter(|address| address.ip() == Ipv4Addr::LOCALHOST) {
+            match bind("endpoint", SocketAddr::new(Ipv6Addr::LOCALHOST.into(), address.port())).await {
+                Ok((listener, _)) => self.endpoints.push(listener),
+                Err(error) => tracing::info!(%error, "clients that take ::1 for localhost will not find the endpoints"),
+            }
+        }
     }
 }
 
@@ -71,6 +86,20 @@ mod tests {
         assert_eq!(listeners.api_url, format!("http://127.0.0.1:{port}"));
         assert_eq!(listeners.endpoint.ip().to_string(), "127.0.0.1");
         assert_eq!(listeners.endpoints.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn endpoints_on_loopback_are_found_by_both_protocols() {
+        let config =
+            ServeConfig { api: "127.0.0.1:0".parse().unwrap(), endpoint: Some("127.0.0.1:0".parse().unwrap()), ..ServeConfig::default() };
+        let listeners = Listeners::bind(&config).await.unwrap();
+        assert_eq!(listeners.endpoint.ip().to_string(), "127.0.0.1");
+        if TcpListener::bind("[::1]:0").await.is_err() {
+            eprintln!("skipped: this host has no IPv6 loopback");
+            return;
+        }
+        let other = listeners.endpoints.iter().filter_map(|listener| listener.local_addr().ok()).find(SocketAddr::is_ipv6);
+        assert_eq!(other.map(|address| address.to_string()), Some(format!("[::1]:{}", listeners.endpoint.port())));
     }
 
     #[tokio::test]
