@@ -4,6 +4,7 @@ import ipaddress
 import subprocess
 import sys
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
@@ -140,3 +141,55 @@ def test_a_neighbour_is_out_of_reach(run):
     assert len(links) >= 2, "each running MicroVM has a link"
     slots = [str(ipaddress.ip_address(address) + 1) for address in links[:7]]
     assert reached(microvm, [f"http://{slot}:{support.FLASK_PORT}/" for slot in slots]) == []
+
+
+@pytest.fixture
+def connector(server):
+    """Makes network connectors whose tags say what MicroVMs may reach."""
+    client = server.client("lambda-core")
+    made = []
+
+    def make(**rules: str) -> str:
+        vpc = {"SubnetIds": ["subnet-1"], "NetworkProtocol": "IPv4", "AssociatedComputeResourceTypes": ["MicroVm"]}
+        connector = client.create_network_connector(
+            Name=f"network-test-{len(made)}",
+            OperatorRole="arn:aws:iam::000000000000:role/connectors",
+            Configuration={"VpcEgressConfiguration": vpc},
+            Tags={f"hearth:{kind}": text for kind, text in rules.items()},
+            ClientToken=str(uuid.uuid4()),
+        )
+        made.append(connector["Arn"])
+        return connector["Arn"]
+
+    yield make
+    for arn in made:
+        support.eventually(lambda arn=arn: deleted(client, arn), f"{arn} to be free for deletion")
+
+
+def deleted(client, arn: str) -> bool:
+    try:
+        client.delete_network_connector(Identifier=arn)
+    except client.exceptions.ResourceConflictException:
+        return False
+    return True
+
+
+def test_a_connector_says_what_a_microvm_reaches(connector, run, world):
+    open_door = run(egressNetworkConnectors=[connector(allow=f"{WORLD_SIDE}:8000")], idlePolicy=support.idle_policy())
+    other_port = run(egressNetworkConnectors=[connector(allow=f"{WORLD_SIDE}:8001")])
+    denied = run(egressNetworkConnectors=[connector(allow="0.0.0.0/0", deny="198.51.100.0/24")])
+    assert reaches(open_door, world)
+    assert not reaches(other_port, world)
+    assert not reaches(denied, world)
+    assert not reaches(open_door, "http://not-allowed.example.com/")
+    open_door.client.suspend_microvm(microvmIdentifier=open_door.id)
+    open_door.wait("SUSPENDED")
+    assert reaches(open_door, world), "the policy is there again after a resume"
+
+
+def test_without_egress_nothing_is_reached_and_the_app_is_told_at_once(run, world):
+    nowhere = "arn:aws:lambda:us-east-1:aws:network-connector:aws-network-connector:NO_EGRESS"
+    microvm = run(egressNetworkConnectors=[nowhere])
+    answer = fetch(microvm, world)
+    assert answer.status == 502 and "refused" in answer.text.lower(), answer.text
+    assert microvm.http("/").status == 200, "the endpoint does not need the MicroVM's network"
