@@ -27,7 +27,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
 
     heading("The server");
     let build_cache = workspace.target.join("build-cache");
-    let mut server = Server::start(&hearth, &build_cache)?;
+    let mut server = Server::start(&hearth, &build_cache, "")?;
     println!("$ hearth serve --data-dir {} --api 127.0.0.1:0 --endpoint 127.0.0.1:0 --min-idle-seconds 5", server.data_dir().display());
     let mut shell = session(&tools, &hearth, &server)?;
 

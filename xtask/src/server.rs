@@ -26,13 +26,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a server on free ports, with idle times from a few seconds, and waits until it says that it is ready.
-    pub fn start(hearth: &Path, build_cache: &Path) -> Result<Self> {
+    /// Starts a server on free ports, with idle times from a few seconds, and waits until it says that it is ready. `settings`
+    /// are the end of its configuration file.
+    pub fn start(hearth: &Path, build_cache: &Path, settings: &str) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("hearth-demo-").tempdir().context("making a data directory")?;
         // MicroVMs run as users of their own, who must be able to reach their files.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).context("opening the data directory")?;
         let config = dir.path().join("hearth.toml");
-        fs::write(&config, format!("build_cache_dir = {:?}\n", build_cache.display().to_string())).context("writing the configuration")?;
+        let text = format!("build_cache_dir = {:?}\n{settings}", build_cache.display().to_string());
+        fs::write(&config, text).context("writing the configuration")?;
         let data = dir.path().join("data");
         let process = Process::start(
             "hearth serve",
