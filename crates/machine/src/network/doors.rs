@@ -101,7 +101,7 @@ mod tests {
             eprintln!("skipped: making a network slot needs root and /dev/net/tun");
             return;
         }
-        let slot = Slot::make("192.168.201.0/24".parse::<Links>().unwrap()).await.unwrap();
+        let slot = Slot::make("192.168.201.0/24".parse::<Links>().unwrap(), &tokio_util::task::TaskTracker::new()).await.unwrap();
         let policy = EgressPolicy::parse("example.com", "").unwrap();
         nft(slot.namespace(), &rules::policy(&policy)).await.unwrap();
         let doors = Doors::new(slot.namespace().clone(), 1);

@@ -34,9 +34,14 @@ use std::{
     net::Ipv4Addr,
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
-use tokio::sync::{Mutex, mpsc};
+use tokio::{
+    sync::{Mutex, mpsc},
+    time::timeout,
+};
+use tokio_util::task::TaskTracker;
 
 pub use self::{
     egress::{Egress, EgressError, EgressPolicy, EgressRule, MAX_RULES, PortRange, Protocol, Target},
@@ -52,6 +57,8 @@ const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 /// Address of the guest's network device, and of the tap that it sees. Constant, because the guest's neighbour table is in its snapshot.
 pub const GUEST_MAC: &str = "02:48:54:48:00:0f";
 const GATEWAY_MAC: &str = "02:48:54:48:00:02";
+/// How long the removal of slots may take. Each takes milliseconds; a busy host makes it take longer.
+const REMOVAL: Duration = Duration::from_secs(10);
 
 /// Slots could not be made, or not be given their policy.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +92,7 @@ fn io_error(what: &'static str) -> impl Fn(io::Error) -> NetworkError {
 #[derive(Debug)]
 pub struct Slots {
     ready: Mutex<mpsc::Receiver<Result<Slot, NetworkError>>>,
-    maker: tokio::task::JoinHandle<()>,
+    removals: TaskTracker,
     table: Table,
     surroundings: Surroundings,
 }
@@ -100,14 +107,16 @@ impl Slots {
         let table = Table { name, removed: AtomicBool::new(false) };
         let nameservers = if nameservers.is_empty() { Nameservers::of_host() } else { Nameservers::fixed(nameservers) };
         let (made, ready) = mpsc::channel(ahead.max(1));
-        let maker = tokio::spawn(async move {
-            // One is always in the making while the queue is full; `reserve` waits until it may be handed over.
+        let removals = TaskTracker::new();
+        let tracker = removals.clone();
+        tokio::spawn(async move {
+            // Ends when the queue is closed. A slot that is in the making then still finds its place.
             while let Ok(place) = made.reserve().await {
-                place.send(Slot::make(links).await);
+                place.send(Slot::make(links, &tracker).await);
             }
         });
         let surroundings = Surroundings { links, nameservers, mtu: host::uplink_mtu() };
-        Ok(Self { ready: Mutex::new(ready), maker, table, surroundings })
+        Ok(Self { ready: Mutex::new(ready), removals, table, surroundings })
     }
 
     /// Takes a slot that lets out what `egress` says, and nothing else from its first packet on.
@@ -117,12 +126,16 @@ impl Slots {
         slot.restrict(egress, &self.surroundings).await
     }
 
-    /// Ends the making of slots and removes the host's rules. IPv4 forwarding stays on: something else may rely on it by now.
+    /// Ends the making of slots, waits until those that were dropped are gone, and removes the host's rules. IPv4 forwarding stays on:
+    /// something else may rely on it by now.
     pub async fn shutdown(&self) {
-        self.maker.abort();
         let mut ready = self.ready.lock().await;
         ready.close();
         while ready.recv().await.is_some() {}
+        self.removals.close();
+        if timeout(REMOVAL, self.removals.wait()).await.is_err() {
+            tracing::warn!("network slots were not removed within {} s and are left to the kernel", REMOVAL.as_secs());
+        }
         if !self.table.removed.swap(true, Ordering::AcqRel) {
             let removed = run(&mut self.table.removal(), "nft", "").await;
             self.table.report(removed);
@@ -174,17 +187,11 @@ mod tests {
         let slot = slots.take(&Egress::Internet).await.unwrap();
         let device = format!("/sys/class/net/hth{}", slot.index);
         assert!(fs::exists(&device).unwrap(), "{device} must exist while the slot lives");
+        drop(slot);
         slots.shutdown().await;
+        assert!(!fs::exists(&device).unwrap(), "{device} must be gone when the shutdown has returned");
         let tables = Command::new("nft").args(["list", "tables"]).output().unwrap();
         let tables = String::from_utf8_lossy(&tables.stdout).into_owned();
         assert!(!tables.contains(&format!("hearth-unit-{}", std::process::id())), "{tables}");
-        drop(slot);
-        // The kernel removes a namespace's devices some time after its last descriptor is closed.
-        let gone = async {
-            while fs::exists(&device).unwrap() {
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-            }
-        };
-        tokio::time::timeout(std::time::Duration::from_secs(10), gone).await.expect("the slot's devices are removed with it");
     }
 }

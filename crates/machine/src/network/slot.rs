@@ -14,7 +14,7 @@ use std::{
 
 use hearth_guest_protocol::Network;
 use nix::sched::{CloneFlags, unshare};
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::{
     Egress, EgressPolicy, GATEWAY, GATEWAY_MAC, GUEST, Links, NetworkError,
@@ -42,6 +42,8 @@ pub struct Slot {
     tap: OwnedFd,
     /// Keeps the namespace.
     namespace: Arc<OwnedFd>,
+    /// Where the removal of the slot goes on after its drop.
+    removals: TaskTracker,
     nameservers: Vec<Ipv4Addr>,
     mtu: u16,
     _resolver: Option<AbortOnDropHandle<()>>,
@@ -51,15 +53,24 @@ pub struct Slot {
 
 impl Slot {
     /// Makes a slot. It lets out whatever the host routes until it is restricted.
-    pub(super) async fn make(links: Links) -> Result<Self, NetworkError> {
+    pub(super) async fn make(links: Links, removals: &TaskTracker) -> Result<Self, NetworkError> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (namespace, tap) = make_namespace().await?;
         for _ in 0..links.count() {
             let index = NEXT.fetch_add(1, Ordering::Relaxed) % links.count();
             match connect(&namespace, links, index).await {
                 Ok(()) => {
-                    nft(&namespace, &rules::slot(links.network())).await?;
-                    return Ok(Self { tap, namespace: Arc::new(namespace), nameservers: Vec::new(), mtu: 0, _resolver: None, index });
+                    let slot = Self {
+                        tap,
+                        namespace: Arc::new(namespace),
+                        removals: removals.clone(),
+                        nameservers: Vec::new(),
+                        mtu: 0,
+                        _resolver: None,
+                        index,
+                    };
+                    nft(&slot.namespace, &rules::slot(links.network())).await?;
+                    return Ok(slot);
                 }
                 // The name of the host's end is the lock on the index: another server on this host has it.
                 Err(NetworkError::Program { message, .. }) if message.contains("File exists") => {}
@@ -122,6 +133,22 @@ impl Slot {
     /// What the guest must know of its network.
     pub fn network(&self) -> Network {
         Network { address: GUEST, prefix: 24, gateway: GATEWAY, nameservers: self.nameservers.clone(), mtu: self.mtu }
+    }
+}
+
+/// The kernel removes the devices with their namespace, but only some time after its last descriptor is closed: whoever waits for the removals
+/// finds the host as it was.
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let namespace = self.namespace.clone();
+        let remove = async move {
+            let removed = run(inside(&namespace, Command::new("ip").args(["link", "del", "up0"])), "ip", "").await;
+            if let Err(error) = removed {
+                tracing::warn!(%error, "a network slot's link is left to the kernel");
+            }
+        };
+        self.removals.spawn_on(remove, &runtime);
     }
 }
 
