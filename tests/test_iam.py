@@ -139,3 +139,17 @@ def test_a_user_of_lambda_only_does_not_reach_the_objects(own, document):
     objects = own.client("s3", **keys)
     assert code_of(objects.list_buckets) == "AccessDenied"
     assert code_of(objects.put_object, Bucket="artifacts", Key="k", Body=b"x") == "AccessDenied"
+
+
+def test_the_shortcut_for_builds_takes_a_role_of_the_account(own, document, tmp_path):
+    trust = document("trust", {"Effect": "Allow", "Principal": {"Service": "lambda.amazonaws.com"}, "Action": "sts:AssumeRole"})
+    created = own.hearth("iam", "role", "create", "builder", "--trust", trust, "--policy", document("all", allow("*")))
+    assert created.returncode == 0, created.stderr
+    context = tmp_path / "context"
+    context.mkdir()
+    (context / "Dockerfile").write_text("FROM scratch\n")
+    build = ("image", "build", str(context), "--name", "by-role")
+    refused = own.hearth(*build)
+    assert refused.returncode == 1 and "--role" in refused.stderr, refused.stderr
+    built = own.hearth(*build, "--role", "builder", timeout=support.BUILD_SECONDS)
+    assert "CREATE_FAILED" in built.stderr, "the role is taken; what fails is an image without a command"

@@ -210,6 +210,10 @@ fn advice(message: &str, status: StatusCode) -> Option<&'static str> {
         ("MicroVM not found", "see `hearth ps -a` for the MicroVMs there are"),
         ("No active version found", "build it first: `hearth image build DIR`; `hearth image ls` shows what is there"),
         ("with running microvms", "terminate them first: `hearth ps` shows them, `hearth terminate ID` ends one"),
+        (
+            "cannot be assumed by Lambda",
+            "name a role that trusts lambda.amazonaws.com with --role: `hearth iam role ls` shows the account's",
+        ),
         ("has been terminated", "run another: `hearth run IMAGE`"),
     ];
     let known = ADVICE.iter().find(|(part, _)| message.contains(part)).map(|(_, advice)| *advice);

@@ -43,6 +43,9 @@ pub struct BuildArgs {
     /// Environment variable of the app, baked into the image.
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     env: Vec<(String, String)>,
+    /// Role that the build runs with. Any name will do until the account has roles of its own.
+    #[arg(long, value_name = "NAME", default_value = "hearth-build")]
+    role: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -103,7 +106,7 @@ pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> 
     let request = json!({
         "name": name,
         "baseImageArn": format!("arn:aws:lambda:{}:aws:microvm-image:al2023-1", connect.region),
-        "buildRoleArn": format!("arn:aws:iam::{}:role/hearth-build", connect.account),
+        "buildRoleArn": format!("arn:aws:iam::{}:role/{}", connect.account, args.role),
         "codeArtifact": {"uri": stored.uri},
         "resources": [{"minimumMemoryInMiB": args.memory}],
         "environmentVariables": environment,
