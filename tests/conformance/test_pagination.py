@@ -60,7 +60,9 @@ def test_pages_add_up_to_the_whole(rows, microvms, connectors, service, name):
     whole = [row for page in paginator.paginate(**rows[name]) for row in page[key]]
     pages = [page[key] for page in paginator.paginate(**rows[name], PaginationConfig={"PageSize": 1})]
     assert all(len(page) <= 1 for page in pages)
-    assert [row for page in pages for row in page] == whole
+    # Between the two walks a MicroVM may end: its state is not what makes it a row.
+    rest = [{member: value for member, value in row.items() if member != "state"} for page in pages for row in page]
+    assert rest == [{member: value for member, value in row.items() if member != "state"} for row in whole]
     if name not in ("ListMicrovmImageBuilds", "ListManagedMicrovmImages", "ListManagedMicrovmImageVersions", "ListNetworkConnectorVersions"):
         assert len(whole) >= FEW
 
