@@ -407,7 +407,7 @@ pub fn log_line(text: &str) -> MachineEvent {
 }
 
 pub fn exited(code: i32) -> MachineEvent {
-    MachineEvent::AppExited(ExitStatus { code })
+    MachineEvent::AppExited(ExitStatus { code, out_of_memory: false })
 }
 
 impl World {

@@ -13,7 +13,7 @@
 //!  │◀─────────────── GuestMessage::Started ─│
 //!  │◀───────────── GuestMessage::Listening ─│  a TCP port of the app begins to accept connections
 //!  │◀──────────────── GuestMessage::Exited ─│  the app's main process ended
-//!  │── HostMessage::Detach { marker } ─────▶│  before capture and suspend: the guest drops the session in the middle of whatever it does …
+//!  │── HostMessage::Detach { marker, … } ──▶│  before capture and suspend: the guest freezes the app, drops the session in the middle of whatever it does …
 //!  │◀─────────────────────────────── marker ─│  … and says so with raw bytes; the host discards everything before them
 //! ```
 //!
@@ -28,12 +28,15 @@ pub mod mux;
 pub mod wire;
 
 pub use marker::{BOOT_MARKER, Marker, MarkerTrigger, MarkerWatch, await_marker};
-pub use message::{App, DialReply, ExitStatus, GuestMessage, Hello, HostMessage, LogRecord, LogSource, Network, Ready, StreamHeader};
+pub use message::{
+    App, CopyReply, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, GuestMessage, Hello, HookCall, HookReply,
+    HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Ready, StreamHeader, TerminalSize,
+};
 pub use mux::{Mux, MuxError, Stream};
 pub use wire::{WireError, read_message, write_message};
 
 /// Version of this protocol. A host refuses a guest that speaks another one: the image must be rebuilt with the present guest kit.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Name of the virtio-serial port: `/dev/virtio-ports/hearth` where udev runs, `/sys/class/virtio-ports/*/name` everywhere.
 pub const PORT_NAME: &str = "hearth";

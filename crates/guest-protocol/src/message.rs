@@ -18,6 +18,17 @@ pub enum StreamHeader {
     },
     /// Opened by the guest, once per session: [`LogRecord`]s until the session ends.
     Log,
+    /// Opened by the host: the guest calls the app's hook server, answers [`HookReply`], and the stream ends.
+    Hook(HookCall),
+    /// Opened by the host: a process in the app's container. [`ExecInput`]s one way, [`ExecOutput`]s the other, until
+    /// [`ExecOutput::Exited`] or [`ExecOutput::Failed`].
+    Exec(Exec),
+    /// Opened by the host: files into or out of the app's container.
+    Copy(FileCopy),
+    /// Opened by the guest: one [`MetadataRequest`], answered by one [`MetadataReply`].
+    Metadata,
+    /// Opened by the guest: bytes flow between a client in the guest and the host's API listener.
+    Api,
 }
 
 /// Answer to [`StreamHeader::Dial`].
@@ -42,10 +53,16 @@ pub enum HostMessage {
     /// Start the application. Sent once, at image build; a clone's application is already running.
     Start(App),
     /// End the session at once: drop every stream, write the marker as raw bytes, then wait for the same marker, which begins the next session.
+    ///
+    /// Before it answers, the guest freezes the app; it runs again after the next session's `Hello`.
     Detach {
         /// Random bytes, new for each `Detach`.
         marker: Marker,
+        /// Give back the memory that nobody needs first: a snapshot is to be taken that every clone will carry.
+        trim: bool,
     },
+    /// Send the app its stop signal. [`GuestMessage::Exited`] follows when it obeys.
+    Stop,
 }
 
 /// What the guest says on the control stream.
@@ -77,6 +94,8 @@ pub enum GuestMessage {
 pub struct ExitStatus {
     /// Exit code, or 128 + signal number as a shell reports it.
     pub code: i32,
+    /// The kernel killed it, or a process of its container, for want of memory.
+    pub out_of_memory: bool,
 }
 
 /// Identity and surroundings of this life of the guest.
@@ -137,6 +156,170 @@ pub struct App {
     pub all_capabilities: bool,
     /// Host name in the application's UTS namespace.
     pub hostname: String,
+}
+
+/// A lifecycle hook to call: `POST` to the app's own server over plain HTTP/1.1 from `127.0.0.1` (SPEC 8.1).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookCall {
+    /// TCP port of the hook server.
+    pub port: u16,
+    /// Path of the request.
+    pub path: String,
+    /// Further header fields; `Host` among them.
+    pub headers: Vec<(String, String)>,
+    /// Body, which may be empty.
+    pub body: Vec<u8>,
+    /// How long the whole exchange may take, in milliseconds.
+    pub timeout_ms: u64,
+}
+
+/// How a hook was answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HookReply {
+    /// With a complete response of this HTTP status.
+    Status(u16),
+    /// Nothing listens on the port.
+    Refused,
+    /// Not completely within the time allowed.
+    TimedOut,
+    /// With something that is no HTTP response, or the connection broke.
+    Invalid {
+        /// What was wrong with it.
+        reason: String,
+    },
+}
+
+/// A process to start in the app's container, beside the app.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    /// Program and arguments. Empty: the container's shell.
+    pub argv: Vec<String>,
+    /// Variables beside those of the app.
+    pub env: Vec<(String, String)>,
+    /// Working directory; the app's if absent.
+    pub cwd: Option<String>,
+    /// As a Dockerfile's USER; the app's if absent.
+    pub user: Option<String>,
+    /// A terminal of this size instead of pipes.
+    pub terminal: Option<TerminalSize>,
+}
+
+/// Size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Characters in a line.
+    pub columns: u16,
+    /// Lines.
+    pub rows: u16,
+}
+
+/// What the host says on an [`StreamHeader::Exec`] stream. If the stream ends, the process is hung up on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExecInput {
+    /// For its standard input.
+    Stdin(Vec<u8>),
+    /// Its standard input ends here.
+    StdinEnd,
+    /// Its terminal has another size.
+    Resize(TerminalSize),
+    /// Send it a signal, by number.
+    Signal(i32),
+}
+
+/// What the guest says on an [`StreamHeader::Exec`] stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExecOutput {
+    /// The process runs.
+    Started,
+    /// From its standard output, or its terminal.
+    Stdout(Vec<u8>),
+    /// From its standard error.
+    Stderr(Vec<u8>),
+    /// It ended, and this was all of its output. Last message.
+    Exited(ExitStatus),
+    /// It could not be started; the text says which step failed. Last message.
+    Failed {
+        /// For the user.
+        reason: String,
+    },
+}
+
+/// Files to copy, as a tar stream, the way `docker cp` does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileCopy {
+    /// The host sends a tar stream, which the guest unpacks into this directory of the container and then answers [`CopyReply`].
+    Into {
+        /// An existing directory.
+        directory: String,
+    },
+    /// The guest answers [`CopyReply`], then sends a tar stream of this file or directory of the container.
+    OutOf {
+        /// A file or directory.
+        path: String,
+    },
+}
+
+/// How a copy went, or can go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CopyReply {
+    /// Well.
+    Done,
+    /// It failed; the text says on what and why.
+    Failed {
+        /// For the user.
+        reason: String,
+    },
+}
+
+/// What the guest's metadata service asks the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MetadataRequest {
+    /// Credentials of the MicroVM's execution role.
+    Credentials,
+    /// Suspend this MicroVM, as if it had become idle.
+    Suspend,
+}
+
+/// The host's answer to a [`MetadataRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MetadataReply {
+    /// Temporary credentials.
+    Credentials(Credentials),
+    /// There is no such thing for this MicroVM: it has no execution role, or the operator has not enabled it.
+    Absent,
+    /// It was done.
+    Done,
+    /// It failed on the host's side; worth another try.
+    Failed {
+        /// What the guest may know of it.
+        reason: String,
+    },
+}
+
+/// Temporary credentials of a role.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Id of the access key.
+    pub access_key_id: String,
+    /// Its secret.
+    pub secret_access_key: String,
+    /// Token that goes with it.
+    pub session_token: String,
+    /// When it was issued, seconds since the Unix epoch.
+    pub issued_at: u64,
+    /// When it ends, seconds since the Unix epoch.
+    pub expires_at: u64,
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { access_key_id, issued_at, expires_at, .. } = self;
+        out.debug_struct("Credentials")
+            .field("access_key_id", access_key_id)
+            .field("issued_at", issued_at)
+            .field("expires_at", expires_at)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Some output of the application's main process or its children.

@@ -122,7 +122,8 @@ impl Guest {
                 Some(message) = outgoing.recv() => write_message(&mut writer, &message).await?,
                 command = commands.recv() => match command.ok_or(SessionError::Closed)?? {
                     HostMessage::Start(app) => self.start(&app, &mut writer, &news, tasks).await?,
-                    HostMessage::Detach { marker } => break marker,
+                    HostMessage::Detach { marker, trim: _ } => break marker,
+                    HostMessage::Stop => {}
                     unexpected @ HostMessage::Hello(_) => return Err(SessionError::NotHello(unexpected)),
                 },
             }
@@ -227,7 +228,7 @@ async fn serve_stream(mut stream: Stream) {
     let result = match read_message(&mut stream).await {
         Ok(StreamHeader::Dial { port }) => dial::serve(stream, port).await,
         // Dropping the stream resets it.
-        Ok(StreamHeader::Control | StreamHeader::Log) => Ok(()),
+        Ok(_) => Ok(()),
         Err(error) => Err(error),
     };
     // A connection that breaks is everyday life for a proxy; both ends have noticed.

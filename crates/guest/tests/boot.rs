@@ -229,7 +229,7 @@ impl Session {
 
     async fn detach(mut self) {
         let seen = self.trigger.arm(DETACH_MARKER);
-        write_message(&mut self.control, &HostMessage::Detach { marker: DETACH_MARKER }).await.unwrap();
+        write_message(&mut self.control, &HostMessage::Detach { marker: DETACH_MARKER, trim: false }).await.unwrap();
         timeout(PATIENCE, seen).await.expect("the guest answers Detach").unwrap();
     }
 }
@@ -381,10 +381,10 @@ async fn a_guest_serves_one_host_after_another() {
     let mut session = Session::open(host.connection().await, DETACH_MARKER, 2, now_seconds()).await;
     assert_eq!(String::from_utf8_lossy(&session.line().await.line), "outside Software caused connection abort");
     assert_eq!(session.ask("exit 7").await, "");
-    assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7 }));
+    assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7, out_of_memory: false }));
     session.detach().await;
     let mut session = Session::open(host.connection().await, DETACH_MARKER, 2, now_seconds()).await;
-    assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7 }));
+    assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7, out_of_memory: false }));
     assert_eq!(session.dial(80).await.1, DialReply::Refused);
 
     let console = vm.console();
@@ -417,7 +417,7 @@ async fn users_have_what_their_image_grants() {
         let mut session = Session::open(vm.host().connection().await, BOOT_MARKER, 1, now_seconds()).await;
         let started = session.start(App { user: user.into(), all_capabilities, ..app(&["sh", "-c", script]) }).await;
         assert!(matches!(started, GuestMessage::Started { .. }), "{started:?}");
-        assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code }));
+        assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code, out_of_memory: false }));
         let mut told = Vec::new();
         while told.len() < expected.len() {
             told.push(String::from_utf8(session.line().await.line).unwrap());

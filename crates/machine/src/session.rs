@@ -140,7 +140,7 @@ impl Session {
     pub async fn detach(self) -> Result<Marker, GuestError> {
         let marker: Marker = entropy().map_err(broken)?[..16].try_into().expect("more than 16 bytes were drawn");
         let seen = self.trigger.arm(marker);
-        write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker }).await.map_err(broken)?;
+        write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker, trim: false }).await.map_err(broken)?;
         let unanswered = |_| GuestError::Timeout { what: "let go of its session", timeout: ANSWER };
         timeout(ANSWER, seen).await.map_err(unanswered)?.map_err(|_| broken("it ended before the guest answered `Detach`"))?;
         Ok(marker)

@@ -124,8 +124,8 @@ impl Application {
 fn next_ended() -> Option<(Pid, ExitStatus)> {
     loop {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(pid, code)) => return Some((pid, ExitStatus { code })),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => return Some((pid, ExitStatus { code: 128 + signal as i32 })),
+            Ok(WaitStatus::Exited(pid, code)) => return Some((pid, ExitStatus { code, out_of_memory: false })),
+            Ok(WaitStatus::Signaled(pid, signal, _)) => return Some((pid, ExitStatus { code: 128 + signal as i32, out_of_memory: false })),
             Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return None,
             Ok(_) | Err(_) => {}
         }
