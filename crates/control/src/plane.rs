@@ -4,10 +4,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
-use hearth_machine::GuestStream;
+use hearth_machine::{GuestStream, Target};
 
 use crate::{
     error::ControlError,
+    token::TokenKind,
     types::{
         Build, Caller, Connector, ConnectorState, ConnectorVersion, CreateConnector, CreateImage, Image, ImageVersion, ManagedImage,
         ManagedImageVersion, Microvm, MicrovmFilter, Page, PageRequest, PortSpec, RunMicrovm, UpdateConnector, UpdateImage, VersionStatus,
@@ -90,16 +91,23 @@ pub trait DataPlane: Send + Sync + 'static {
     /// Checks a request before anything is done for it. Takes the same time for an unknown host as for a wrong token.
     fn admit(&self, host: &str, token: &str, port: u16) -> Result<Admission, Refusal>;
 
-    /// Connects to a port of an admitted MicroVM. Holds the caller while the MicroVM is launched or resumed, up to a limit.
-    async fn connect(&self, admission: &Admission) -> Result<Box<dyn GuestStream>, ConnectError>;
+    /// Opens a stream to something in an admitted MicroVM. Holds the caller while the MicroVM is launched or resumed, up to a limit.
+    async fn open(&self, admission: &Admission, target: &Target) -> Result<Box<dyn GuestStream>, ConnectError>;
+
+    /// Connects to the port that the admission is for.
+    async fn connect(&self, admission: &Admission) -> Result<Box<dyn GuestStream>, ConnectError> {
+        self.open(admission, &Target::Port(admission.port)).await
+    }
 }
 
-/// Leave to talk to one port of one MicroVM.
+/// Leave to talk to one port of one MicroVM, or to have a shell in it.
 #[derive(Debug, Clone)]
 pub struct Admission {
     /// The MicroVM's id.
     pub microvm_id: String,
-    /// The port.
+    /// What the token is for. A shell's opens processes and files, and no port.
+    pub kind: TokenKind,
+    /// The port that was asked for.
     pub port: u16,
     /// Where the traffic's bytes are reported.
     pub activity: Arc<Activity>,

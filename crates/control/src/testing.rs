@@ -16,7 +16,7 @@ use hearth_build::{BuildError, BuildRequest, Built, ImageBuilder, ImageConfig};
 use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, LogRecord, LogSource};
 use hearth_machine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec,
-    Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, Suspended,
+    Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, Suspended, Target,
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS},
 };
 use hearth_objects::{FetchError, ObjectUri, Objects, PutError};
@@ -256,12 +256,12 @@ struct FakeDial {
 #[async_trait]
 impl Dial for FakeDial {
     /// Says the machine's id and ends.
-    async fn dial(&self, port: u16) -> Result<Box<dyn GuestStream>, DialError> {
+    async fn open(&self, target: &Target) -> Result<Box<dyn GuestStream>, DialError> {
         if !*self.alive.borrow() {
             return Err(DialError::Gone("dropped".to_owned()));
         }
-        if port == 1 {
-            return Err(DialError::Refused(1));
+        if *target == Target::Port(1) {
+            return Err(DialError::Refused(target.clone()));
         }
         let (near, mut far) = tokio::io::duplex(64);
         far.write_all(self.id.as_bytes()).await.unwrap();

@@ -165,15 +165,15 @@ impl Keyring {
         self.unseal(&Envelope::parse(token)?)
     }
 
-    /// Decides on a request for a port. `microvm_id` is the MicroVM that the host name stands for; without one the answer takes
+    /// Decides on a request for a port, which means nothing to a shell's token, and says which kind of token it came with. `microvm_id` is the MicroVM that the host name stands for; without one the answer takes
     /// just as long, so that it tells nobody which names exist.
-    pub fn admit(&self, token: &str, microvm_id: Option<&str>, port: u16, now: SystemTime) -> Result<(), Refusal> {
+    pub fn admit(&self, token: &str, microvm_id: Option<&str>, port: u16, now: SystemTime) -> Result<TokenKind, Refusal> {
         let envelope = Envelope::parse(token).ok_or(Refusal::MissingAuthentication)?;
         let claims = self.unseal(&envelope).ok_or(Refusal::AuthenticationFailed)?;
-        if microvm_id != Some(claims.microvm_id.as_str()) || claims.kind != TokenKind::Http || claims.is_expired(now) {
+        if microvm_id != Some(claims.microvm_id.as_str()) || claims.is_expired(now) {
             return Err(Refusal::AuthenticationFailed);
         }
-        if claims.allows(port) { Ok(()) } else { Err(Refusal::PortDenied) }
+        if claims.kind == TokenKind::Shell || claims.allows(port) { Ok(claims.kind) } else { Err(Refusal::PortDenied) }
     }
 
     fn unseal(&self, envelope: &Envelope) -> Option<Claims> {
@@ -373,8 +373,8 @@ mod tests {
         let keyring = keyring();
         let token = keyring.mint(claims(vec![PortSpec::Port(8080), PortSpec::Range(9000, 9010)]));
         let admit = |vm, port, seconds| keyring.admit(&token, vm, port, now() + Duration::from_secs(seconds));
-        assert_eq!(admit(Some(VM), 8080, 0), Ok(()));
-        assert_eq!(admit(Some(VM), 9010, 59), Ok(()));
+        assert_eq!(admit(Some(VM), 8080, 0), Ok(TokenKind::Http));
+        assert_eq!(admit(Some(VM), 9010, 59), Ok(TokenKind::Http));
         assert_eq!(admit(Some(VM), 9011, 0), Err(Refusal::PortDenied));
         assert_eq!(admit(Some(VM), 8080, 60), Err(Refusal::AuthenticationFailed));
         assert_eq!(admit(Some("microvm-other"), 8080, 0), Err(Refusal::AuthenticationFailed));
@@ -389,11 +389,13 @@ mod tests {
     }
 
     #[test]
-    fn a_shell_token_opens_no_port() {
+    fn a_shell_token_is_told_from_one_for_ports() {
         let keyring = keyring();
         let token = keyring.mint(Claims { kind: TokenKind::Shell, ..claims(vec![PortSpec::All]) });
-        assert!(keyring.open(&token).is_some());
-        assert_eq!(keyring.admit(&token, Some(VM), 8080, now()), Err(Refusal::AuthenticationFailed));
+        assert!(!keyring.open(&token).unwrap().allows(8080));
+        assert_eq!(keyring.admit(&token, Some(VM), 8080, now()), Ok(TokenKind::Shell));
+        assert_eq!(keyring.admit(&token, Some("microvm-other"), 8080, now()), Err(Refusal::AuthenticationFailed));
+        assert_eq!(keyring.admit(&token, Some(VM), 8080, now() + Duration::from_secs(60)), Err(Refusal::AuthenticationFailed));
     }
 
     #[test]

@@ -29,8 +29,8 @@ pub mod wire;
 
 pub use marker::{BOOT_MARKER, Marker, MarkerTrigger, MarkerWatch, await_marker};
 pub use message::{
-    App, CopyReply, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, GuestMessage, Hello, HookCall, HookReply,
-    HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Ready, StreamHeader, TerminalSize,
+    App, CopyInput, CopyOutput, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, FileKind, GuestMessage, Hello,
+    HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Ready, StreamHeader, TerminalSize,
 };
 pub use mux::{Mux, MuxError, Stream};
 pub use wire::{WireError, read_message, write_message};
@@ -40,6 +40,9 @@ pub const VERSION: u32 = 2;
 
 /// Name of the virtio-serial port: `/dev/virtio-ports/hearth` where udev runs, `/sys/class/virtio-ports/*/name` everywhere.
 pub const PORT_NAME: &str = "hearth";
+
+/// How much standard input may be on its way to a process: both sides can hear more than data while the process does not read.
+pub const EXEC_WINDOW_BYTES: u32 = 256 << 10;
 
 /// Largest encoded message, in bytes: bounds what a hostile peer can make the other side allocate.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;

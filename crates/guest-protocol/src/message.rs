@@ -20,10 +20,11 @@ pub enum StreamHeader {
     Log,
     /// Opened by the host: the guest calls the app's hook server, answers [`HookReply`], and the stream ends.
     Hook(HookCall),
-    /// Opened by the host: a process in the app's container. [`ExecInput`]s one way, [`ExecOutput`]s the other, until
-    /// [`ExecOutput::Exited`] or [`ExecOutput::Failed`].
+    /// Opened by the host: a process in the app's container. The guest answers [`DialReply`], then [`ExecInput`]s go one way,
+    /// [`ExecOutput`]s the other, until [`ExecOutput::Exited`] or [`ExecOutput::Failed`].
     Exec(Exec),
-    /// Opened by the host: files into or out of the app's container.
+    /// Opened by the host: the container's files. The guest answers [`DialReply`], then [`CopyInput`]s go one way, [`CopyOutput`]s the
+    /// other, until [`CopyOutput::Done`] or [`CopyOutput::Failed`].
     Copy(FileCopy),
     /// Opened by the guest: one [`MetadataRequest`], answered by one [`MetadataReply`].
     Metadata,
@@ -31,12 +32,12 @@ pub enum StreamHeader {
     Api,
 }
 
-/// Answer to [`StreamHeader::Dial`].
+/// Answer to [`StreamHeader::Dial`], [`StreamHeader::Exec`] and [`StreamHeader::Copy`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DialReply {
-    /// The bytes that follow are the application's.
+    /// What follows is as the stream's header says.
     Connected,
-    /// Nothing listens on the port, or the app is gone.
+    /// Nothing listens on the port, or there is no app.
     Refused,
     /// The connection failed for another reason.
     Failed {
@@ -216,7 +217,7 @@ pub struct TerminalSize {
 /// What the host says on an [`StreamHeader::Exec`] stream. If the stream ends, the process is hung up on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExecInput {
-    /// For its standard input.
+    /// For its standard input. At most [`crate::EXEC_WINDOW_BYTES`] may be under way: sent, but not yet told as [`ExecOutput::StdinTaken`].
     Stdin(Vec<u8>),
     /// Its standard input ends here.
     StdinEnd,
@@ -235,6 +236,8 @@ pub enum ExecOutput {
     Stdout(Vec<u8>),
     /// From its standard error.
     Stderr(Vec<u8>),
+    /// So many more bytes of [`ExecInput::Stdin`] have reached it.
+    StdinTaken(u32),
     /// It ended, and this was all of its output. Last message.
     Exited(ExitStatus),
     /// It could not be started; the text says which step failed. Last message.
@@ -244,29 +247,72 @@ pub enum ExecOutput {
     },
 }
 
-/// Files to copy, as a tar stream, the way `docker cp` does.
+/// What to do with the container's files. Paths are the container's; relative ones begin at its root, as with `docker cp`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FileCopy {
-    /// The host sends a tar stream, which the guest unpacks into this directory of the container and then answers [`CopyReply`].
+    /// The guest says what is there, as [`CopyOutput::Found`].
+    Look {
+        /// Anything.
+        path: String,
+    },
+    /// The host sends a tar stream, which the guest unpacks.
     Into {
         /// An existing directory.
         directory: String,
     },
-    /// The guest answers [`CopyReply`], then sends a tar stream of this file or directory of the container.
+    /// The guest sends a tar stream.
     OutOf {
-        /// A file or directory.
+        /// A file, a directory or a symbolic link, which is not followed.
         path: String,
+        /// What it is called in the stream; `.` for a directory's content alone.
+        name: String,
     },
 }
 
-/// How a copy went, or can go.
+/// What is at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileKind {
+    /// Nothing.
+    Missing,
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A device, a socket or a pipe.
+    Special,
+}
+
+/// What the host says on a [`StreamHeader::Copy`] stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CopyReply {
-    /// Well.
+pub enum CopyInput {
+    /// Of the tar stream.
+    Data(Vec<u8>),
+    /// The tar stream was whole.
+    End,
+}
+
+/// What the guest says on a [`StreamHeader::Copy`] stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CopyOutput {
+    /// Answer to [`FileCopy::Look`], before [`CopyOutput::Done`].
+    Found {
+        /// What is there, symbolic links followed.
+        kind: FileKind,
+        /// The path's last part is itself a symbolic link.
+        link: bool,
+    },
+    /// Of the tar stream.
+    Data(Vec<u8>),
+    /// This was left out.
+    Skipped {
+        /// Its path, and why.
+        what: String,
+    },
+    /// All is done. Last message.
     Done,
-    /// It failed; the text says on what and why.
+    /// It failed. Last message.
     Failed {
-        /// For the user.
+        /// On what and why, for the user.
         reason: String,
     },
 }

@@ -46,6 +46,9 @@ pub(crate) enum RequestError {
     /// an upgrade that is no WebSocket handshake
     #[error("Invalid upgrade: expected a WebSocket handshake")]
     InvalidUpgrade,
+    /// a shell's token, but no shell protocol
+    #[error("a shell's token opens no port")]
+    ShellToken,
     /// CONNECT
     #[error("Method not allowed")]
     MethodNotAllowed,
@@ -66,9 +69,13 @@ pub(crate) enum RequestError {
 impl RequestError {
     pub(crate) fn side(&self) -> Side {
         match self {
-            Self::Refused(_) | Self::InvalidPort | Self::InvalidHost | Self::InvalidUpgrade | Self::MethodNotAllowed | Self::Upload(_) => {
-                Side::Client
-            }
+            Self::Refused(_)
+            | Self::InvalidPort
+            | Self::InvalidHost
+            | Self::InvalidUpgrade
+            | Self::ShellToken
+            | Self::MethodNotAllowed
+            | Self::Upload(_) => Side::Client,
             Self::Connect(ConnectError::TooSlow(_)) => Side::Us,
             Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::UnaskedUpgrade => Side::Guest,
         }
@@ -80,7 +87,9 @@ impl RequestError {
             Self::InvalidPort | Self::InvalidHost | Self::InvalidUpgrade | Self::Upload(_) => StatusCode::BAD_REQUEST,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::Connect(ConnectError::TooSlow(_)) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::UnaskedUpgrade => StatusCode::BAD_GATEWAY,
+            Self::ShellToken | Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::UnaskedUpgrade => {
+                StatusCode::BAD_GATEWAY
+            }
         }
     }
 

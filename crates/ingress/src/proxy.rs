@@ -3,7 +3,10 @@
 use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use hearth_control::plane::{Admission, DataPlane, Refusal};
+use hearth_control::{
+    plane::{Admission, DataPlane, Refusal},
+    token::TokenKind,
+};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery};
 use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
 use hyper::{body::Incoming, client::conn::http1, upgrade};
@@ -84,6 +87,9 @@ impl Proxy {
         let endpoint = host::endpoint(&request, peer.server_name.as_deref())?;
         let admission = self.authenticate(&endpoint, &request, &offer)?;
         let is_websocket = is_websocket?;
+        if admission.kind == TokenKind::Shell {
+            return Err(RequestError::ShellToken);
+        }
 
         let mut guest = self.connect(&admission).await?;
         prepare(&mut request, &endpoint, id, is_websocket);

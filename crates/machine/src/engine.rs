@@ -6,10 +6,10 @@
 //! launch(Suspended) ─▶ Machine ─▶ …                             (next request)
 //! ```
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use hearth_guest_protocol::{App, ExitStatus, LogRecord};
+use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, LogRecord};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
@@ -63,15 +63,41 @@ pub trait Machine: Send + Sync {
     async fn kill(self: Box<Self>);
 }
 
-/// Bytes to and from a TCP port of the guest.
+/// What can be reached in a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A TCP port, the way a client inside reaches it: through the loopback. The stream carries the connection's bytes.
+    Port(u16),
+    /// A new process beside the app. The stream carries [`hearth_guest_protocol::ExecInput`] and [`hearth_guest_protocol::ExecOutput`].
+    Process(Exec),
+    /// The container's files. The stream carries [`hearth_guest_protocol::CopyInput`] and [`hearth_guest_protocol::CopyOutput`].
+    Files(FileCopy),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Port(port) => write!(out, "port {port}"),
+            Self::Process(_) => out.write_str("a new process"),
+            Self::Files(_) => out.write_str("the container's files"),
+        }
+    }
+}
+
+/// Bytes to and from something in the guest.
 pub trait GuestStream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> GuestStream for T {}
 
-/// Connects to ports of one guest, the way a client inside it would: through its loopback.
+/// Opens streams to one guest.
 #[async_trait]
 pub trait Dial: Send + Sync {
+    /// Opens a stream to a target. The guest has agreed to it when this returns.
+    async fn open(&self, target: &Target) -> Result<Box<dyn GuestStream>, DialError>;
+
     /// Connects to a TCP port.
-    async fn dial(&self, port: u16) -> Result<Box<dyn GuestStream>, DialError>;
+    async fn dial(&self, port: u16) -> Result<Box<dyn GuestStream>, DialError> {
+        self.open(&Target::Port(port)).await
+    }
 }
 
 /// Something that happened in a machine.
@@ -254,17 +280,17 @@ pub enum GuestError {
 /// A port of the guest could not be connected to.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
-    /// nothing listens on the port
-    #[error("nothing listens on port {0}")]
-    Refused(u16),
+    /// nothing listens on the port, or there is no app
+    #[error("{0} refuses connections")]
+    Refused(Target),
     /// the machine is not there any more
     #[error("the machine is gone: {0}")]
     Gone(String),
     /// the connection failed for another reason
-    #[error("connecting to port {port} failed: {reason}")]
+    #[error("connecting to {target} failed: {reason}")]
     Failed {
-        /// TCP port.
-        port: u16,
+        /// To what.
+        target: Target,
         /// What the guest said.
         reason: String,
     },

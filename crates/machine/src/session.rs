@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::engine::{Dial, DialError, GuestError, GuestStream, MachineEvent};
+use crate::engine::{Dial, DialError, GuestError, GuestStream, MachineEvent, Target};
 
 /// How long a guest may take to let go of a session, or to start a process, or to answer a connection.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -155,19 +155,25 @@ impl Drop for Session {
 
 #[async_trait]
 impl Dial for SessionDialer {
-    async fn dial(&self, port: u16) -> Result<Box<dyn GuestStream>, DialError> {
+    async fn open(&self, target: &Target) -> Result<Box<dyn GuestStream>, DialError> {
+        let header = match target.clone() {
+            Target::Port(port) => StreamHeader::Dial { port },
+            Target::Process(exec) => StreamHeader::Exec(exec),
+            Target::Files(copy) => StreamHeader::Copy(copy),
+        };
         let gone = |error: &dyn std::fmt::Display| DialError::Gone(error.to_string());
         let connect = async {
             let mut stream = self.mux.open().await.map_err(|error| gone(&error))?;
-            write_message(&mut stream, &StreamHeader::Dial { port }).await.map_err(|error| gone(&error))?;
+            write_message(&mut stream, &header).await.map_err(|error| gone(&error))?;
             let reply = read_message(&mut stream).await.map_err(|error| gone(&error))?;
             Ok((stream, reply))
         };
-        let timed_out = |_| DialError::Failed { port, reason: format!("the guest did not answer within {} s", ANSWER.as_secs()) };
+        let failed = |reason| DialError::Failed { target: target.clone(), reason };
+        let timed_out = |_| failed(format!("the guest did not answer within {} s", ANSWER.as_secs()));
         match timeout(ANSWER, connect).await.map_err(timed_out)?? {
             (stream, DialReply::Connected) => Ok(Box::new(stream)),
-            (_, DialReply::Refused) => Err(DialError::Refused(port)),
-            (_, DialReply::Failed { reason }) => Err(DialError::Failed { port, reason }),
+            (_, DialReply::Refused) => Err(DialError::Refused(target.clone())),
+            (_, DialReply::Failed { reason }) => Err(failed(reason)),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use hearth_guest_protocol::{App, LogSource};
 use hearth_machine::{
-    BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot,
+    BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot, Target,
     kit::Kit,
     network::{Egress, EgressPolicy, Links, Slots},
     qemu::{Accelerator, Qemu},
@@ -192,7 +192,7 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
     assert_eq!((first.memory, first.disk), (2, 2));
     assert_eq!((second.memory, second.disk), (2, 2), "clones do not see each other's writes");
     assert_ne!(first.random, second.random, "clones draw different random bytes");
-    assert!(matches!(one.dialer().dial(5001).await, Err(DialError::Refused(5001))));
+    assert!(matches!(one.dialer().dial(5001).await, Err(DialError::Refused(Target::Port(5001)))));
     two.kill().await;
 
     let mut machine = one;

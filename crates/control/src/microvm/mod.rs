@@ -35,7 +35,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_machine::{Dial, DialError, Engine, GuestStream};
+use hearth_machine::{Dial, DialError, Engine, GuestStream, Target};
 use hearth_store::{Store, StoreError};
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
@@ -45,7 +45,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    arn::allows_http,
+    arn::{allows_http, check_shell},
     connectors::Policies,
     error::ControlError,
     images::Snapshots,
@@ -152,6 +152,7 @@ pub(crate) struct Handle {
     pub host: String,
     pub activity: Arc<Activity>,
     http: bool,
+    shell: bool,
     view: watch::Receiver<View>,
     requests: mpsc::UnboundedSender<Request>,
     wake: Arc<Notify>,
@@ -181,9 +182,10 @@ impl Handle {
         let (id, host) = (record.vm.id.clone(), record.vm.endpoint.clone());
         let (account, region) = (record.account.clone(), record.region.clone());
         let http = allows_http(&record.vm.ingress_network_connectors);
+        let shell = check_shell(&record.vm.ingress_network_connectors).is_ok();
         let channels = driver::Channels { publish, mailbox, wake: Arc::clone(&wake), activity: Arc::clone(&activity) };
         let task = start(channels, record);
-        Arc::new(Self { id, account, region, host, activity, http, view, requests, wake, task })
+        Arc::new(Self { id, account, region, host, activity, http, shell, view, requests, wake, task })
     }
 
     /// The MicroVM as last recorded.
@@ -225,18 +227,22 @@ impl Handle {
         answered.await.ok()
     }
 
-    /// Connects to a port; wakes the MicroVM and waits for it up to `limit` if it sleeps.
-    pub async fn connect(&self, port: u16, limit: Duration) -> Result<Box<dyn GuestStream>, ConnectError> {
-        if !self.http {
-            return Err(ConnectError::Unreachable("the MicroVM has no ingress connector for HTTP".to_owned()));
+    /// Opens a stream; wakes the MicroVM and waits for it up to `limit` if it sleeps.
+    pub async fn connect(&self, target: &Target, limit: Duration) -> Result<Box<dyn GuestStream>, ConnectError> {
+        let (allowed, what) = match target {
+            Target::Port(_) => (self.http, "HTTP"),
+            Target::Process(_) | Target::Files(_) => (self.shell, "shells"),
+        };
+        if !allowed {
+            return Err(ConnectError::Unreachable(format!("the MicroVM has no ingress connector for {what}")));
         }
         // Before the view is looked at: the driver takes the dialer back, then looks at the activity.
         self.activity.touch();
-        let connecting = tokio::time::timeout_at(Instant::now() + limit, self.connect_when_running(port));
+        let connecting = tokio::time::timeout_at(Instant::now() + limit, self.connect_when_running(target));
         connecting.await.unwrap_or(Err(ConnectError::TooSlow(limit)))
     }
 
-    async fn connect_when_running(&self, port: u16) -> Result<Box<dyn GuestStream>, ConnectError> {
+    async fn connect_when_running(&self, target: &Target) -> Result<Box<dyn GuestStream>, ConnectError> {
         let mut view = self.view.clone();
         let failed_before = view.borrow().failed_resumes;
         loop {
@@ -249,7 +255,7 @@ impl Handle {
                 self.find_dialer(&view)?
             };
             if let Some(dialer) = dialer {
-                match dialer.dial(port).await {
+                match dialer.open(target).await {
                     Ok(stream) => return Ok(stream),
                     // Suspended, or dead, since the view was published: the next view says which.
                     Err(DialError::Gone(_)) => {}

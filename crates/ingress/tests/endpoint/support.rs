@@ -17,6 +17,7 @@ use hearth_control::{
     types::PortSpec,
 };
 use hearth_ingress::{EndpointCertificates, IngressConfig, LocalCa, serve, server_config};
+use hearth_machine::{GuestStream, Target};
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -80,11 +81,11 @@ impl Drop for Waiting<'_> {
 impl DataPlane for FakePlane {
     fn admit(&self, host: &str, token: &str, port: u16) -> Result<Admission, Refusal> {
         let vm = [HOST, ELSEWHERE].contains(&host).then_some(VM);
-        self.keyring.admit(token, vm, port, SystemTime::now())?;
-        Ok(Admission { microvm_id: VM.into(), port, activity: self.activity.clone() })
+        let kind = self.keyring.admit(token, vm, port, SystemTime::now())?;
+        Ok(Admission { microvm_id: VM.into(), kind, port, activity: self.activity.clone() })
     }
 
-    async fn connect(&self, _: &Admission) -> Result<Box<dyn hearth_machine::GuestStream>, ConnectError> {
+    async fn open(&self, _: &Admission, _: &Target) -> Result<Box<dyn GuestStream>, ConnectError> {
         self.waiting.send_modify(|count| *count += 1);
         let _waiting = Waiting(&self.waiting);
         self.awake.subscribe().wait_for(|awake| *awake).await.expect("the plane is there");
