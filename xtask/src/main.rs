@@ -37,11 +37,14 @@ enum Chore {
         #[arg(last = true, value_name = "PYTEST ARGUMENTS")]
         system: Option<Vec<String>>,
     },
-    /// Measure how long launch, suspend and resume take.
+    /// Measure how long launch, suspend and resume take, or what the endpoint proxy adds.
     Bench {
-        /// Times each path is measured; the median is reported.
-        #[arg(long, default_value_t = 20)]
-        rounds: u32,
+        /// What is measured.
+        #[arg(default_value = "lifecycle")]
+        subject: bench::Subject,
+        /// Times each path is measured: 20 of the lifecycle, 50 wakes of the ingress, unless given.
+        #[arg(long)]
+        rounds: Option<u32>,
     },
 }
 
@@ -69,6 +72,6 @@ fn carry_out(chore: &Chore) -> anyhow::Result<()> {
         Chore::Demo => demo::run(&workspace),
         Chore::Test { system: None } => checks::run(&workspace),
         Chore::Test { system: Some(arguments) } => checks::run_system(&workspace, arguments),
-        Chore::Bench { rounds } => bench::run(&workspace, *rounds),
+        Chore::Bench { subject, rounds } => bench::run(&workspace, *subject, *rounds),
     }
 }

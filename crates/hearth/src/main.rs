@@ -11,6 +11,7 @@ mod credentials;
 mod data_dir;
 mod doctor;
 mod iam;
+mod ports;
 mod serve;
 mod verbs;
 

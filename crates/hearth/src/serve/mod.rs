@@ -37,6 +37,7 @@ use crate::{
     data_dir::{DataDir, Lock},
     doctor,
     iam::{self, ObjectPrincipals},
+    ports::{self, Ports},
     verbs::env,
 };
 
@@ -222,7 +223,10 @@ impl Server {
             caller: administrator.clone(),
             tmp: self.dir.tmp(),
         };
+        let ports =
+            Ports { control: self.control.clone(), data: self.control.clone(), caller: administrator.clone(), stop: self.stop.clone() };
         let trusted = admin::router(admin)
+            .merge(ports::router(ports))
             .merge(iam::router(Arc::clone(&principals), administrator.account.clone()))
             .merge(api(Auth::Trusted(administrator, principals), Access::Trusted));
         let socket: UnixListener = self.dir.listen().with_context(|| format!("listening on {}", self.dir.socket().display()))?;
