@@ -15,13 +15,13 @@ import resource
 import socket
 import ssl
 import statistics
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import support
 from support import Microvm, Server, idle_policy
+from wrk import load
 
 WEB, SOCKETS = 8080, 9000
 MEMORY_MIB = 512
@@ -145,18 +145,8 @@ def requests(server: Server, microvm: Microvm, headers: dict[str, str], seconds:
     print(f"\n{'static server through the endpoint':<36} {'requests/s':>11} {'p50':>10} {'p99':>10}")
     url = f"https://{microvm.endpoint}:{server.endpoint_address()[1]}/"
     for connections in CONNECTIONS:
-        command = ["wrk", f"-t{min(2, connections)}", f"-c{connections}", f"-d{seconds}s", "--latency"]
-        for name, value in headers.items():
-            command += ["-H", f"{name}: {value}"]
-        said = subprocess.run([*command, url], capture_output=True, text=True, timeout=seconds + 30, check=True).stdout
-        if "Non-2xx" in said or "Socket errors" in said:
-            raise SystemExit(f"some requests failed:\n{said}")
-        patterns = (r"^Requests/sec:\s+([\d.]+)", r"^\s+50%\s+(\S+)$", r"^\s+99%\s+(\S+)$")
-        found = [re.search(pattern, said, re.MULTILINE) for pattern in patterns]
-        if not all(found):
-            raise SystemExit(f"wrk said something else than expected:\n{said}")
-        rate, median, p99 = (match.group(1) for match in found)
-        print(f"{str(connections) + ' connections':<36} {float(rate):>11.0f} {median:>10} {p99:>10}", flush=True)
+        rate, median, p99 = load(url, headers, connections, seconds)
+        print(f"{str(connections) + ' connections':<36} {rate:>11.0f} {median:>10} {p99:>10}", flush=True)
 
 
 def download(connection: http.client.HTTPConnection, headers: dict[str, str]) -> None:

@@ -6,8 +6,6 @@ share the processors.
 
 import argparse
 import os
-import re
-import subprocess
 import urllib.parse
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from botocore.credentials import Credentials
 
 import support
 from support import Server
+from wrk import load
 
 CONNECTIONS = (1, 8, 64)
 
@@ -27,22 +26,6 @@ def signed(server: Server, path: str) -> tuple[str, dict[str, str]]:
     request = AWSRequest("GET", url, headers={"Host": urllib.parse.urlsplit(url).netloc})
     SigV4Auth(Credentials(connect["accessKeyId"], connect["secretAccessKey"]), "lambda", connect["region"]).add_auth(request)
     return url, dict(request.headers)
-
-
-def load(url: str, headers: dict[str, str], connections: int, seconds: int) -> tuple[float, str, str]:
-    """Requests a second, median and 99th percentile, as wrk tells them."""
-    command = ["wrk", f"-t{min(2, connections)}", f"-c{connections}", f"-d{seconds}s", "--latency"]
-    for name, value in headers.items():
-        command += ["-H", f"{name}: {value}"]
-    said = subprocess.run([*command, url], capture_output=True, text=True, timeout=seconds + 30, check=True).stdout
-    if "Non-2xx" in said or "Socket errors" in said:
-        raise SystemExit(f"some requests were refused:\n{said}")
-    patterns = (r"^Requests/sec:\s+([\d.]+)", r"^\s+50%\s+(\S+)$", r"^\s+99%\s+(\S+)$")
-    numbers = [re.search(pattern, said, re.MULTILINE) for pattern in patterns]
-    if not all(numbers):
-        raise SystemExit(f"wrk said something else than expected:\n{said}")
-    rate, median, p99 = (found.group(1) for found in numbers)
-    return float(rate), median, p99
 
 
 def microvm(server: Server) -> str:
