@@ -16,7 +16,7 @@ use hearth_build::{BuildError, BuildRequest, Built, ImageBuilder, ImageConfig};
 use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, LogRecord, LogSource};
 use hearth_machine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec,
-    Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, Suspended, Target,
+    Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, SuspendOutcome, Suspended, Target,
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS},
 };
 use hearth_objects::{FetchError, ObjectUri, Objects, PutError};
@@ -45,6 +45,8 @@ pub struct FakeEngine {
     pub forgotten: AtomicUsize,
     /// Launches and suspends wait while this is false.
     pub gate: watch::Sender<bool>,
+    /// Suspends that wait at the gate can be cancelled there.
+    pub cancels: AtomicBool,
     pub fail_boot: AtomicBool,
     pub fail_launch: AtomicBool,
     pub fail_suspend: AtomicBool,
@@ -74,6 +76,7 @@ impl FakeEngine {
             kills: AtomicUsize::new(0),
             forgotten: AtomicUsize::new(0),
             gate,
+            cancels: AtomicBool::new(true),
             fail_boot: AtomicBool::new(false),
             fail_launch: AtomicBool::new(false),
             fail_suspend: AtomicBool::new(false),
@@ -212,14 +215,22 @@ impl Machine for FakeMachine {
         Ok(write_snapshot(&draft, &into, self.memory_mib).unwrap())
     }
 
-    async fn suspend(self: Box<Self>) -> Result<Suspended, SuspendError> {
+    async fn suspend(self: Box<Self>, cancel: CancellationToken) -> Result<SuspendOutcome, SuspendError> {
         self.engine.suspends.fetch_add(1, Ordering::SeqCst);
-        self.engine.pass_gate().await;
+        let cancellable = self.engine.cancels.load(Ordering::SeqCst);
+        tokio::select! {
+            biased;
+            () = self.engine.pass_gate() => {}
+            () = cancel.cancelled(), if cancellable => {
+                let machine = self.engine.machine(&self.id, self.dir.clone(), self.memory_mib);
+                return Ok(SuspendOutcome::Cancelled(machine));
+            }
+        }
         if self.engine.fail_suspend.load(Ordering::SeqCst) {
             return Err(SuspendError::Host { what: "writing pages".to_owned(), source: io::ErrorKind::StorageFull.into() });
         }
         std::fs::create_dir_all(self.dir.join("suspended")).unwrap();
-        Ok(Suspended { dirty_bytes: 1, device_state_bytes: 1 })
+        Ok(SuspendOutcome::Suspended(Suspended { dirty_bytes: 1, device_state_bytes: 1 }))
     }
 
     async fn kill(self: Box<Self>) {

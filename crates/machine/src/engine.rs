@@ -14,6 +14,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     network::Egress,
@@ -56,8 +57,9 @@ pub trait Machine: Send + Sync {
     async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError>;
 
     /// Writes what differs from the snapshot into the machine's directory and ends the process: a suspended machine costs no memory.
-    /// The machine ends either way; after an error its state is lost.
-    async fn suspend(self: Box<Self>) -> Result<Suspended, SuspendError>;
+    /// Until that state is complete the machine can still run on, and does so when `cancel` is cancelled in time: it is the same life, but a
+    /// new session, with a dialer and events of its own. After an error the machine has ended and its state is lost.
+    async fn suspend(self: Box<Self>, cancel: CancellationToken) -> Result<SuspendOutcome, SuspendError>;
 
     /// Ends the machine at once and waits until its process is gone.
     async fn kill(self: Box<Self>);
@@ -160,6 +162,14 @@ pub enum LaunchSource {
     Snapshot,
     /// What [`Machine::suspend`] left in the machine's directory.
     Suspended,
+}
+
+/// What came of a suspend.
+pub enum SuspendOutcome {
+    /// The machine's state is on disk, its process is gone.
+    Suspended(Suspended),
+    /// It was cancelled in time: the machine runs, and its guest has said `Ready` again.
+    Cancelled(Box<dyn Machine>),
 }
 
 /// What a suspend wrote.

@@ -14,7 +14,7 @@ pub mod snapshot;
 
 pub use engine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec, Machine,
-    MachineEvent, SuspendError, Suspended, Target,
+    MachineEvent, SuspendError, SuspendOutcome, Suspended, Target,
 };
 pub use network::Egress;
 pub use snapshot::{Platform, Snapshot, SnapshotError, SnapshotManifest};

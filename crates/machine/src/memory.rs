@@ -138,15 +138,18 @@ impl Mapping {
         Ok(extents)
     }
 
-    /// Writes the pages of `extents` one after the other.
-    pub fn save(&self, extents: &[Extent], pages: &mut impl Write) -> io::Result<()> {
+    /// Writes the pages of `extents` one after the other, until `stop` says so; tells whether all are written.
+    pub fn save(&self, extents: &[Extent], pages: &mut impl Write, stop: impl Fn() -> bool) -> io::Result<bool> {
         let mut buffer = vec![0; 1 << 20];
         for (offset, length) in pieces(extents, buffer.len() as u64) {
+            if stop() {
+                return Ok(false);
+            }
             let piece = &mut buffer[..usize::try_from(length).expect("a piece is at most the buffer")];
             self.memory.read_exact_at(piece, self.start + offset)?;
             pages.write_all(piece)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Puts back what [`Mapping::save`] wrote.
@@ -266,7 +269,9 @@ mod tests {
         let extents = mapping.dirty().unwrap();
         assert_eq!(extents, [Extent { first: 3, count: 2 }]);
         let mut pages = Vec::new();
-        mapping.save(&extents, &mut pages).unwrap();
+        assert!(!mapping.save(&extents, &mut pages, || true).unwrap());
+        assert!(pages.is_empty(), "a save that is stopped writes nothing more");
+        assert!(mapping.save(&extents, &mut pages, || false).unwrap());
         assert_eq!((pages.len(), pages[0], pages[1], pages[4096]), (8192, 7, 1, 8));
 
         pages[0] = 9;

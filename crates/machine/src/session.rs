@@ -16,7 +16,7 @@ use tokio::{
     io::{AsyncWriteExt, ReadHalf, WriteHalf},
     net::UnixStream,
     sync::{Mutex, mpsc, oneshot, watch},
-    task::AbortHandle,
+    task::{AbortHandle, JoinHandle},
     time::timeout,
 };
 
@@ -41,6 +41,8 @@ pub struct Session {
     dialer: Arc<SessionDialer>,
     trigger: MarkerTrigger,
     driver: AbortHandle,
+    /// Ends after the session's task, which then holds the channel no more.
+    driven: JoinHandle<()>,
     ended: Mutex<Option<oneshot::Receiver<()>>>,
 }
 
@@ -99,7 +101,7 @@ impl Session {
         tokio::spawn(accept_streams(driver.inbound, events));
         let (report_end, ended) = oneshot::channel();
         let abort = driver.task.abort_handle();
-        tokio::spawn(async move {
+        let driven = tokio::spawn(async move {
             // Aborted when the host drops the session: that is no news to anyone.
             if driver.task.await.is_ok() {
                 let _ = report_end.send(());
@@ -111,6 +113,7 @@ impl Session {
             dialer: Arc::new(SessionDialer { mux }),
             trigger,
             driver: abort,
+            driven,
             ended: Mutex::new(Some(ended)),
         })
     }
@@ -136,13 +139,16 @@ impl Session {
         self.dialer.clone()
     }
 
-    /// Ends the session and returns the marker that begins the next one. When this returns, the guest reads and writes nothing any more.
-    pub async fn detach(self) -> Result<Marker, GuestError> {
+    /// Ends the session and returns the marker that begins the next one. When this returns, neither side reads or writes anything any more.
+    pub async fn detach(mut self) -> Result<Marker, GuestError> {
         let marker: Marker = entropy().map_err(broken)?[..16].try_into().expect("more than 16 bytes were drawn");
         let seen = self.trigger.arm(marker);
         write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker, trim: false }).await.map_err(broken)?;
         let unanswered = |_| GuestError::Timeout { what: "let go of its session", timeout: ANSWER };
         timeout(ANSWER, seen).await.map_err(unanswered)?.map_err(|_| broken("it ended before the guest answered `Detach`"))?;
+        self.driver.abort();
+        // Its only failure would be a panic of the task, which ended it as well.
+        let _ = (&mut self.driven).await;
         Ok(marker)
     }
 }

@@ -9,7 +9,8 @@ use std::{
 
 use hearth_guest_protocol::{App, LogSource};
 use hearth_machine::{
-    BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot, Target,
+    BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot, SuspendOutcome,
+    Suspended, Target,
     kit::Kit,
     network::{Egress, EgressPolicy, Links, Slots},
     qemu::{Accelerator, Qemu},
@@ -19,10 +20,11 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,
 };
+use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Counts its visitors in memory and on disk.
+/// Counts its visitors in memory and on disk, and makes memory dirty when told to.
 const SERVER: &str = r#"
 use IO::Socket;
 $s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 5000, Listen => 5, ReuseAddr => 1) or die "listen: $!";
@@ -30,6 +32,7 @@ $| = 1; print "listening\n"; print STDERR "to stderr\n";
 while ($c = $s->accept) {
     $line = <$c>; chomp $line;
     exit 7 if $line eq "exit";
+    if ($line eq "fill") { $filled = rand() x (4 << 20); print $c "filled\n"; close $c; next; }
     $n++;
     open(F, "+<", "/count") or open(F, "+>", "/count"); $d = <F> + 1; seek(F, 0, 0); print F $d; close F;
     open(R, "<", "/dev/urandom"); read(R, $r, 8); close R;
@@ -156,6 +159,13 @@ async fn visit(machine: &dyn Machine) -> Visit {
     timeout(PATIENCE, talk).await.expect("the server answers")
 }
 
+async fn suspend(machine: Box<dyn Machine>) -> Suspended {
+    match machine.suspend(CancellationToken::new()).await.unwrap() {
+        SuspendOutcome::Suspended(suspended) => suspended,
+        SuspendOutcome::Cancelled(_) => panic!("nobody cancelled"),
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
     let Some(bench) = Bench::new("life").await else { return };
@@ -199,7 +209,7 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
     for life in 2..5_u32 {
         let dialer = machine.dialer();
         let begun = Instant::now();
-        let suspended = machine.suspend().await.unwrap();
+        let suspended = suspend(machine).await;
         eprintln!("suspended in {} ms, {} kB dirty", begun.elapsed().as_millis(), suspended.dirty_bytes >> 10);
         assert!(matches!(dialer.dial(5000).await, Err(DialError::Gone(_))));
         let begun = Instant::now();
@@ -227,6 +237,75 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
 
     let spec = bench.spec("one", &snapshot, LaunchSource::Suspended, 9);
     assert!(matches!(bench.engine.launch(spec).await, Err(LaunchError::Snapshot(_))), "a suspended state is used once");
+    bench.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_suspend_that_is_cancelled_is_no_more_than_a_pause() {
+    let Some(bench) = Bench::new("cancel").await else { return };
+    let mut image = bench.boot("image").await;
+    let mut events = image.take_events().unwrap();
+    image.start_app(app(&["perl", "-e", SERVER])).await.unwrap();
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the app listens"), Some(MachineEvent::Listening(5000))) {}
+    let snapshot = Arc::new(image.capture(bench.dir.path().join("snapshot")).await.unwrap());
+    let mut machine = bench.clone_of("one", &snapshot).await;
+    assert_eq!(visit(&*machine).await.memory, 1);
+
+    // Before anything was written.
+    let cancelled = CancellationToken::new();
+    cancelled.cancel();
+    let dialer = machine.dialer();
+    let SuspendOutcome::Cancelled(running) = machine.suspend(cancelled).await.unwrap() else { panic!("it was cancelled at once") };
+    machine = running;
+    assert!(matches!(dialer.dial(5000).await, Err(DialError::Gone(_))), "the old session is over");
+    let now = visit(&*machine).await;
+    assert_eq!((now.memory, now.disk), (2, 2));
+
+    // While the pages are being written. Whoever is too late for that has a suspended machine, and tries again.
+    let mut visits = 2;
+    let mut generation = 1;
+    loop {
+        assert!(generation < 10, "a suspend was never seen at its work");
+        let mut stream = machine.dialer().dial(5000).await.unwrap();
+        stream.write_all(b"fill\n").await.unwrap();
+        timeout(PATIENCE, stream.read_to_string(&mut String::new())).await.expect("memory is filled").unwrap();
+        let (cancel, pages) = (CancellationToken::new(), bench.dir.path().join("one/suspended.draft/pages"));
+        let watcher = tokio::spawn({
+            let cancel = cancel.clone();
+            async move {
+                while !std::fs::metadata(&pages).is_ok_and(|pages| pages.len() > 0) {
+                    tokio::task::yield_now().await;
+                }
+                cancel.cancel();
+            }
+        });
+        let outcome = machine.suspend(cancel).await.unwrap();
+        watcher.abort();
+        visits += 1;
+        match outcome {
+            SuspendOutcome::Cancelled(running) => {
+                machine = running;
+                break;
+            }
+            SuspendOutcome::Suspended(_) => {
+                generation += 1;
+                machine = bench.engine.launch(bench.spec("one", &snapshot, LaunchSource::Suspended, generation)).await.unwrap();
+                assert_eq!(visit(&*machine).await.memory, visits);
+            }
+        }
+    }
+    let now = visit(&*machine).await;
+    assert_eq!((now.memory, now.disk), (visits, visits));
+    assert!(!bench.dir.path().join("one/suspended").exists() && !bench.dir.path().join("one/suspended.draft").exists());
+
+    // It says what happens to it, and its next suspend and resume are like any other.
+    suspend(machine).await;
+    let mut machine = bench.engine.launch(bench.spec("one", &snapshot, LaunchSource::Suspended, generation + 1)).await.unwrap();
+    assert_eq!(visit(&*machine).await.disk, visits + 1);
+    let mut events = machine.take_events().unwrap();
+    machine.dialer().dial(5000).await.unwrap().write_all(b"exit\n").await.unwrap();
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the exit is reported"), Some(MachineEvent::AppExited(_))) {}
+    machine.kill().await;
     bench.end().await;
 }
 

@@ -6,13 +6,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_machine::{Dial, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, SnapshotError};
+use hearth_machine::{Dial, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, SnapshotError, SuspendOutcome};
 use hearth_store::StoreError;
 use tokio::{
     sync::{Notify, mpsc, watch},
     time::{Instant, sleep_until},
 };
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     logs::{LogGroup, LogLine, LogOrigin, LogWriter, Route, stream_name},
@@ -47,7 +47,8 @@ struct Running {
 /// What an operation leaves.
 enum Outcome {
     Launched(Result<Box<dyn Machine>, LaunchFailure>),
-    Suspended(Result<(), String>),
+    /// With the machine, if it runs on; or with the state reason.
+    Suspended(Result<Option<Box<dyn Machine>>, String>),
     Cleared,
     /// A bug: the operation panicked.
     Broken,
@@ -69,6 +70,8 @@ pub struct Driver {
     running: Option<Running>,
     /// Launch, suspend or clear, one at a time. A task of its own: whatever it holds, it gets on while the driver waits for the store.
     operation: Option<AbortOnDropHandle<Outcome>>,
+    /// Cancels the suspend that is the present operation.
+    cancel_suspend: CancellationToken,
     next: Option<Next>,
     stopping: bool,
     lifetime_end: Instant,
@@ -91,6 +94,7 @@ impl Driver {
             log,
             running: None,
             operation: None,
+            cancel_suspend: CancellationToken::new(),
             next: None,
             stopping: false,
             lifetime_end,
@@ -163,6 +167,11 @@ impl Driver {
                 self.next = next;
                 Ok(())
             }
+            Decision::Cancel => {
+                self.next = Some(Next::Resume);
+                self.cancel_suspend.cancel();
+                Ok(())
+            }
             Decision::Resume => self.resume().await,
             Decision::EnterRunning => {
                 self.enter_running().await;
@@ -197,7 +206,11 @@ impl Driver {
             }
             Outcome::Launched(Err(LaunchFailure { reason, keeps_state: true })) => Done::ResumeFailed(reason),
             Outcome::Launched(Err(LaunchFailure { reason, keeps_state: false })) => Done::LaunchFailed(reason),
-            Outcome::Suspended(Ok(())) => Done::Suspended,
+            Outcome::Suspended(Ok(None)) => Done::Suspended,
+            Outcome::Suspended(Ok(Some(machine))) => {
+                self.attach(machine);
+                Done::SuspendCancelled
+            }
             Outcome::Suspended(Err(reason)) => Done::SuspendFailed(reason),
             Outcome::Cleared => Done::Cleared,
             Outcome::Broken => match self.record.vm.state {
@@ -208,21 +221,18 @@ impl Driver {
             },
         };
         self.consider_alone(Message::Done(done)).await;
-        // A transition that ends in another one keeps what is to follow for later.
-        if matches!(self.record.vm.state, MicrovmState::Running | MicrovmState::Suspended) {
-            match self.next.take() {
-                Some(Next::Suspend(by)) => {
-                    if let Err(error) = self.suspend(by).await {
-                        tracing::error!(id = self.record.vm.id, %error, "a MicroVM could not be suspended after its launch");
-                    }
-                }
-                Some(Next::Resume) => {
-                    if let Err(error) = self.resume().await {
-                        tracing::error!(id = self.record.vm.id, %error, "a MicroVM could not be resumed after its suspend");
-                    }
-                }
-                None => {}
-            }
+        // A transition that ends in another one keeps what is to follow for later; what is so already needs nothing more.
+        let (state, next) = match self.record.vm.state {
+            state @ (MicrovmState::Running | MicrovmState::Suspended) => (state, self.next.take()),
+            _ => return,
+        };
+        let followed = match (state, next) {
+            (MicrovmState::Running, Some(Next::Suspend(by))) => self.suspend(by).await,
+            (MicrovmState::Suspended, Some(Next::Resume)) => self.resume().await,
+            _ => Ok(()),
+        };
+        if let Err(error) = followed {
+            tracing::error!(id = self.record.vm.id, ?next, %error, "what was to follow a MicroVM's transition failed");
         }
     }
 
@@ -353,14 +363,17 @@ impl Driver {
             return self.end(reason::died("the server lost track of it")).await;
         };
         let id = self.record.vm.id.clone();
+        self.cancel_suspend = CancellationToken::new();
+        let cancel = self.cancel_suspend.clone();
         self.operation = Some(begin(async move {
-            let suspended = machine.suspend().await;
+            let suspended = machine.suspend(cancel).await;
             pump.last_words().await;
             Outcome::Suspended(match suspended {
-                Ok(written) => {
+                Ok(SuspendOutcome::Suspended(written)) => {
                     tracing::debug!(id, dirty_bytes = written.dirty_bytes, device_state_bytes = written.device_state_bytes, "suspended");
-                    Ok(())
+                    Ok(None)
                 }
+                Ok(SuspendOutcome::Cancelled(machine)) => Ok(Some(machine)),
                 Err(error) => {
                     tracing::error!(id, %error, "a MicroVM could not be suspended");
                     Err(reason::suspend_failed(&error))

@@ -1,11 +1,12 @@
 //! One MicroVM: its states, and the one task that changes them.
 //!
 //! ```text
-//!                    ┌──────────────────── resume, wake ────────────────────┐
-//!                    ▼                                                      │
-//!   run ─────▶ PENDING ──launched──▶ RUNNING ──suspend, idle──▶ SUSPENDING ─┴▶ SUSPENDED
-//!                 │                     │                           │              │
-//!                 └─────────────────────┴─────────────┬─────────────┴──────────────┘
+//!                    ┌──────────────────── resume, wake ─────────────────────────┐
+//!                    ▼                                                           │
+//!   run ─────▶ PENDING ──launched──▶ RUNNING ──suspend, idle──▶ SUSPENDING ──▶ SUSPENDED
+//!                 │                   ▲   │                      │   │           │
+//!                 │                   └───┼─resume, wake in time─┘   │           │
+//!                 └───────────────────────┴───────────┬──────────────┴───────────┘
 //!                    terminate, lifetime over, suspended too long, app exited, machine died, launch or suspend failed
 //!                                                     ▼
 //!                                                TERMINATING ──machine gone, files deleted──▶ TERMINATED
@@ -16,7 +17,8 @@
 //! - **RUNNING**: the endpoint has a dialer. Idle means that no byte crossed the endpoint for `maxIdleDurationSeconds`; the timer is armed for
 //!   the last byte's time plus that, and looks again when it fires. The dialer is taken back before a suspend is recorded, and activity is
 //!   looked at once more after that, so that a request either finds a dialer or is held: none is cut by the idle timer's decision.
-//! - **SUSPENDING**: the engine writes the machine's state and ends its process. A wake or resume is remembered and follows at once.
+//! - **SUSPENDING**: the engine writes the machine's state and ends its process. A wake or resume cancels that while the process can still go
+//!   on, which is faster than to start another; after that point it is remembered and follows at once.
 //! - **SUSPENDED**: no process, no memory. Ends after `suspendedDurationSeconds`, unless that is 0 (then idle terminates, and only an explicit
 //!   suspend comes here) or the host's shutdown suspended it, which is not the user's doing: such a MicroVM wakes whatever its policy says.
 //!   A resume that fails before the machine has run leads back here: nothing is lost, and whoever waited is told.

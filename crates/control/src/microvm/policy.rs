@@ -36,6 +36,8 @@ pub enum Done {
     /// What was suspended is still there. With the state reason.
     ResumeFailed(String),
     Suspended,
+    /// The machine runs on.
+    SuspendCancelled,
     /// With the state reason.
     SuspendFailed(String),
     /// The machine is killed, the files are deleted.
@@ -69,9 +71,11 @@ pub enum Decision {
     Refuse,
     /// This, and nothing else, follows the present transition.
     Remember(Option<Next>),
+    /// Cancel the suspend if there is still time; if there is not, a resume follows it.
+    Cancel,
     /// `SUSPENDED` ─▶ `PENDING`, and launch.
     Resume,
-    /// `PENDING` ─▶ `RUNNING`.
+    /// `PENDING` or `SUSPENDING` ─▶ `RUNNING`.
     EnterRunning,
     /// `RUNNING` ─▶ `SUSPENDING`, and suspend.
     Suspend(SuspendedBy),
@@ -110,10 +114,13 @@ pub fn decide(now: Situation, message: Message) -> Decision {
         (Running, Message::AppExited(code)) => Decision::End(reason::app_exited(code)),
         (Running, Message::Died(what)) => Decision::End(reason::died(&what)),
 
-        (Suspending, Message::Call(Call::Suspend) | Message::HostShutdown) => Decision::Remember(None),
-        (Suspending, Message::Call(Call::Resume)) if !now.stopping => Decision::Remember(Some(Next::Resume)),
-        (Suspending, Message::Wake) if now.wakes && !now.stopping => Decision::Remember(Some(Next::Resume)),
+        // One that has been cancelled may come back running.
+        (Suspending, Message::Call(Call::Suspend)) => Decision::Remember(Some(Next::Suspend(SuspendedBy::Call))),
+        (Suspending, Message::HostShutdown) => Decision::Remember(Some(Next::Suspend(SuspendedBy::Host))),
+        (Suspending, Message::Call(Call::Resume)) if !now.stopping => Decision::Cancel,
+        (Suspending, Message::Wake) if now.wakes && !now.stopping => Decision::Cancel,
         (Suspending, Message::Done(Done::Suspended)) => Decision::EnterSuspended,
+        (Suspending, Message::Done(Done::SuspendCancelled)) => Decision::EnterRunning,
         (Suspending, Message::Done(Done::SuspendFailed(reason))) => Decision::End(reason),
 
         (Suspended, Message::Call(Call::Resume)) if !now.stopping => Decision::Resume,
@@ -158,6 +165,7 @@ mod tests {
             ("launch failed", Message::Done(Done::LaunchFailed("l".to_owned()))),
             ("resume failed", Message::Done(Done::ResumeFailed("r".to_owned()))),
             ("suspended", Message::Done(Done::Suspended)),
+            ("cancelled", Message::Done(Done::SuspendCancelled)),
             ("suspend failed", Message::Done(Done::SuspendFailed("s".to_owned()))),
             ("cleared", Message::Done(Done::Cleared)),
         ]
@@ -174,6 +182,7 @@ mod tests {
             Decision::Remember(None) => "forget",
             Decision::Remember(Some(Next::Suspend(_))) => "then suspend",
             Decision::Remember(Some(Next::Resume)) => "then resume",
+            Decision::Cancel => "cancel",
             Decision::Resume => "resume",
             Decision::EnterRunning => "RUNNING",
             Decision::Suspend(_) => "suspend",
@@ -190,20 +199,21 @@ mod tests {
         #[rustfmt::skip]
         let expected = [
             //                  PENDING         RUNNING    SUSPENDING     SUSPENDED    TERMINATING   TERMINATED
-            ("suspend",        ["then suspend", "suspend", "forget",      "-",         "refuse",     "refuse"]),
-            ("resume",         ["forget",       "-",       "then resume", "resume",    "refuse",     "refuse"]),
+            ("suspend",        ["then suspend", "suspend", "then suspend", "-",        "refuse",     "refuse"]),
+            ("resume",         ["forget",       "-",       "cancel",      "resume",    "refuse",     "refuse"]),
             ("terminate",      ["end",          "end",     "end",         "end",       "-",          "-"]),
-            ("wake",           ["-",            "-",       "then resume", "resume",    "-",          "-"]),
+            ("wake",           ["-",            "-",       "cancel",      "resume",    "-",          "-"]),
             ("idle",           ["-",            "suspend", "-",           "-",         "-",          "-"]),
             ("too long",       ["-",            "-",       "-",           "end",       "-",          "-"]),
             ("lifetime",       ["end",          "end",     "end",         "end",       "-",          "-"]),
             ("exited",         ["-",            "end",     "-",           "-",         "-",          "-"]),
             ("died",           ["-",            "end",     "-",           "-",         "-",          "-"]),
-            ("host",           ["then suspend", "suspend", "forget",      "-",         "-",          "-"]),
+            ("host",           ["then suspend", "suspend", "then suspend", "-",        "-",          "-"]),
             ("launched",       ["RUNNING",      "-",       "-",           "-",         "clear",      "-"]),
             ("launch failed",  ["end",          "-",       "-",           "-",         "clear",      "-"]),
             ("resume failed",  ["back",         "-",       "-",           "-",         "clear",      "-"]),
             ("suspended",      ["-",            "-",       "SUSPENDED",   "-",         "clear",      "-"]),
+            ("cancelled",      ["-",            "-",       "RUNNING",     "-",         "clear",      "-"]),
             ("suspend failed", ["-",            "-",       "end",         "-",         "clear",      "-"]),
             ("cleared",        ["-",            "-",       "-",           "-",         "TERMINATED", "-"]),
         ];

@@ -198,9 +198,45 @@ async fn suspend_during_a_launch_follows_it() {
 }
 
 #[tokio::test]
-async fn a_request_during_a_suspend_is_held_and_answered() {
+async fn a_request_during_a_suspend_cancels_it() {
     let world = World::with_image().await;
     let vm = world.run(idle(60, 600, true)).await;
+    world.engine.close_gate();
+    for _ in 0..2 {
+        world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
+        assert_eq!(world.get(&vm.id).await.state, Suspending);
+        assert_eq!(within("the answer", world.connect(&vm)).await.unwrap(), vm.id, "the gate is closed: nothing was launched");
+        assert_eq!(world.get(&vm.id).await.state, Running);
+    }
+    world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
+    world.control.resume_microvm(&caller(), &vm.id).await.unwrap();
+    world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
+    world.engine.open_gate();
+    world.reaches(&vm.id, Suspended).await;
+    assert_eq!(world.engine.launches.load(Ordering::SeqCst), 1);
+    assert_eq!(within("the answer", world.connect(&vm)).await.unwrap(), vm.id, "and it resumes like any other");
+    world.engine.say(&vm.id, exited(0)).await;
+    assert_eq!(reason(&world, &vm.id).await, "Container Stopped with Exit Code: 0");
+}
+
+#[tokio::test]
+async fn a_host_that_stops_suspends_what_a_request_has_just_saved() {
+    let world = World::with_image().await;
+    let vm = world.run(idle(60, 600, true)).await;
+    world.engine.close_gate();
+    world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
+    world.control.resume_microvm(&caller(), &vm.id).await.unwrap();
+    world.engine.open_gate();
+    let world = world.restart().await;
+    assert_eq!(world.get(&vm.id).await.state, Suspended);
+    assert_eq!(within("the answer", world.connect(&vm)).await.unwrap(), vm.id);
+}
+
+#[tokio::test]
+async fn a_request_that_comes_too_late_to_cancel_a_suspend_is_held_and_answered() {
+    let world = World::with_image().await;
+    let vm = world.run(idle(60, 600, true)).await;
+    world.engine.cancels.store(false, Ordering::SeqCst);
     world.engine.close_gate();
     world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
     let (answer, ()) = tokio::join!(within("the answer", world.connect(&vm)), async {

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, BufReader, BufWriter, Write},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -15,10 +16,11 @@ use async_trait::async_trait;
 use hearth_guest_protocol::{App, Marker};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::mpsc, time::timeout};
+use tokio_util::sync::CancellationToken;
 
-use super::{Failure, NEXT_STATE, OVERLAY, Shared, create_overlay, process::Process, qmp::Qmp};
+use super::{EVENT_QUEUE, Failure, NEXT_STATE, OVERLAY, READY, Shared, create_overlay, identity, process::Process, qmp::Qmp};
 use crate::{
-    engine::{CaptureError, Dial, GuestError, Machine, MachineEvent, SuspendError, Suspended},
+    engine::{CaptureError, Dial, GuestError, Machine, MachineEvent, SuspendError, SuspendOutcome, Suspended},
     kit::sha256_data,
     memory::{self, Extent, Mapping},
     network::Slot,
@@ -35,7 +37,8 @@ pub struct Parts {
     pub dir: PathBuf,
     pub process: Process,
     pub qmp: Qmp,
-    pub session: Session,
+    /// The host's end of the guest's channel, which outlives sessions.
+    pub channel: UnixStream,
     pub slot: Slot,
     pub state_path: String,
     pub origin: Origin,
@@ -54,6 +57,7 @@ pub enum Origin {
 /// A running machine.
 pub struct QemuMachine {
     parts: Parts,
+    session: Session,
     events: Option<mpsc::Receiver<MachineEvent>>,
     /// Set before the host ends the machine: its end is no news then.
     closing: Arc<AtomicBool>,
@@ -61,10 +65,10 @@ pub struct QemuMachine {
 
 impl QemuMachine {
     /// Takes over a machine whose guest is ready.
-    pub async fn run(parts: Parts, events: mpsc::Sender<MachineEvent>, receiver: mpsc::Receiver<MachineEvent>) -> Self {
+    pub async fn run(parts: Parts, session: Session, events: mpsc::Sender<MachineEvent>, receiver: mpsc::Receiver<MachineEvent>) -> Self {
         let closing = Arc::new(AtomicBool::new(false));
         let exited = parts.process.exit_watch();
-        let broken = parts.session.take_end().await;
+        let broken = session.take_end().await;
         let expected = closing.clone();
         tokio::spawn(async move {
             let broken = async {
@@ -89,7 +93,7 @@ impl QemuMachine {
                 let _ = events.send(MachineEvent::Died { reason: reason.to_string() }).await;
             }
         });
-        Self { parts, events: Some(receiver), closing }
+        Self { parts, session, events: Some(receiver), closing }
     }
 
     fn expect_end(&self) {
@@ -100,11 +104,11 @@ impl QemuMachine {
 #[async_trait]
 impl Machine for QemuMachine {
     async fn start_app(&self, app: App) -> Result<(), GuestError> {
-        self.parts.session.start(app).await
+        self.session.start(app).await
     }
 
     fn dialer(&self) -> Arc<dyn Dial> {
-        self.parts.session.dialer()
+        self.session.dialer()
     }
 
     fn take_events(&mut self) -> Option<mpsc::Receiver<MachineEvent>> {
@@ -117,7 +121,7 @@ impl Machine for QemuMachine {
         let Origin::Boot { memory, rootfs, vcpus, memory_mib } = parts.origin else {
             return Err(CaptureError::Monitor("only a machine that was booted can be captured".to_owned()));
         };
-        let marker = parts.session.detach().await?;
+        let marker = self.session.detach().await?;
         freeze(&parts.qmp, &parts.state_path).await?;
         end(parts.process, &parts.qmp).await;
         let disk_bytes = fs::metadata(&rootfs).map_err(Failure::of("opening", &rootfs))?.len();
@@ -169,26 +173,52 @@ impl Machine for QemuMachine {
         }
     }
 
-    async fn suspend(self: Box<Self>) -> Result<Suspended, SuspendError> {
+    async fn suspend(self: Box<Self>, cancel: CancellationToken) -> Result<SuspendOutcome, SuspendError> {
         self.expect_end();
         let parts = self.parts;
         let Origin::Clone { mapped, .. } = parts.origin else {
             return Err(SuspendError::Monitor("only a clone of a snapshot can be suspended".to_owned()));
         };
-        let marker = parts.session.detach().await?;
+        let marker = self.session.detach().await?;
+        if cancel.is_cancelled() {
+            return parts.run_on(marker).await;
+        }
         freeze(&parts.qmp, &parts.state_path).await?;
         let (dir, pid, generation) = (parts.dir.clone(), parts.process.pid, parts.generation);
-        let write = move || SuspendedState::write(&dir, &Mapping::of(pid, mapped)?, marker, generation);
+        let write = move || SuspendedState::write(&dir, &Mapping::of(pid, mapped)?, marker, generation, &cancel);
         let written = tokio::task::spawn_blocking(write).await.map_err(io::Error::other).flatten();
-        end(parts.process, &parts.qmp).await;
-        drop(parts.slot);
-        Ok(written.map_err(Failure::of("writing the suspended state to", &parts.dir))?)
+        match written {
+            Ok(Some(suspended)) => {
+                end(parts.process, &parts.qmp).await;
+                Ok(SuspendOutcome::Suspended(suspended))
+            }
+            Ok(None) => {
+                parts.qmp.cont().await.map_err(Failure::monitor)?;
+                parts.run_on(marker).await
+            }
+            Err(source) => {
+                end(parts.process, &parts.qmp).await;
+                Err(Failure::of("writing the suspended state to", &parts.dir)(source).into())
+            }
+        }
     }
 
     async fn kill(self: Box<Self>) {
         self.expect_end();
         self.parts.process.kill().await;
         tracing::debug!(id = self.parts.id, "killed");
+    }
+}
+
+impl Parts {
+    /// Goes on with a machine whose session has ended and whose processors run: the same life in a new session.
+    async fn run_on(self, marker: Marker) -> Result<SuspendOutcome, SuspendError> {
+        let (events, receiver) = mpsc::channel(EVENT_QUEUE);
+        let channel = self.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
+        let identity = identity(&self.id, self.generation, &self.slot);
+        let session = Session::open(channel, marker, identity, READY, events.clone()).await?;
+        tracing::debug!(id = self.id, "a suspend was cancelled");
+        Ok(SuspendOutcome::Cancelled(Box::new(QemuMachine::run(self, session, events, receiver).await)))
     }
 }
 
@@ -247,15 +277,21 @@ const SUSPENDED_MANIFEST: &str = "manifest.json";
 const PAGES: &str = "pages";
 
 impl SuspendedState {
-    /// Writes the state of a stopped machine. It has its name when all of it is on disk.
-    fn write(dir: &Path, mapping: &Mapping, marker: Marker, generation: u64) -> io::Result<Suspended> {
+    /// Writes the state of a stopped machine. It has its name when all of it is on disk. Nothing, if it was cancelled in time.
+    fn write(dir: &Path, mapping: &Mapping, marker: Marker, generation: u64, cancel: &CancellationToken) -> io::Result<Option<Suspended>> {
         let draft = dir.join("suspended.draft");
         let _ = fs::remove_dir_all(&draft);
         fs::create_dir(&draft)?;
         let extents = mapping.dirty()?;
         let mut pages = BufWriter::with_capacity(1 << 20, File::create_new(draft.join(PAGES))?);
-        mapping.save(&extents, &mut pages)?;
-        pages.into_inner().map_err(io::IntoInnerError::into_error)?.sync_data()?;
+        if mapping.save(&extents, &mut pages, || cancel.is_cancelled())? {
+            pages.into_inner().map_err(io::IntoInnerError::into_error)?.sync_data()?;
+        }
+        // From here on the rest is faster than starting over.
+        if cancel.is_cancelled() {
+            fs::remove_dir_all(&draft)?;
+            return Ok(None);
+        }
         let state = File::open(dir.join(NEXT_STATE))?;
         state.sync_data()?;
         fs::rename(dir.join(NEXT_STATE), draft.join(DEVICE_STATE))?;
@@ -267,7 +303,7 @@ impl SuspendedState {
         file.sync_data()?;
         fs::rename(&draft, dir.join(SUSPENDED))?;
         File::open(dir)?.sync_all()?;
-        Ok(Suspended { dirty_bytes, device_state_bytes })
+        Ok(Some(Suspended { dirty_bytes, device_state_bytes }))
     }
 
     /// Opens what [`SuspendedState::write`] wrote.

@@ -305,6 +305,7 @@ impl Engine for Qemu {
             .await?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let identity = identity(&spec.id, 0, &started.slot);
+        let channel = started.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
         let session = tokio::select! {
             session = Session::open(started.channel, BOOT_MARKER, identity, spec.timeout, events.clone()) => session,
             reason = started.process.exit_watch() => return Err(BootError::Monitor(with_console(&reason, &spec.dir))),
@@ -317,14 +318,14 @@ impl Engine for Qemu {
             dir: spec.dir,
             process: started.process,
             qmp: started.qmp,
-            session,
+            channel,
             slot: started.slot,
             state_path: started.state_path,
             origin: Origin::Boot { memory, rootfs: spec.rootfs, vcpus: spec.vcpus, memory_mib: spec.memory_mib },
             generation: 0,
             engine: self.shared.clone(),
         };
-        Ok(Box::new(QemuMachine::run(parts, events, receiver).await))
+        Ok(Box::new(QemuMachine::run(parts, session, events, receiver).await))
     }
 
     async fn launch(&self, spec: LaunchSpec) -> Result<Box<dyn Machine>, LaunchError> {
@@ -383,6 +384,7 @@ impl Engine for Qemu {
         started.qmp.cont().await.map_err(Failure::monitor)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let identity = identity(&spec.id, spec.generation, &started.slot);
+        let channel = started.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
         let session = tokio::select! {
             session = Session::open(started.channel, marker, identity, READY, events.clone()) => session?,
             reason = started.process.exit_watch() => return Err(LaunchError::Monitor(reason.to_string())),
@@ -392,14 +394,14 @@ impl Engine for Qemu {
             dir: spec.dir,
             process: started.process,
             qmp: started.qmp,
-            session,
+            channel,
             slot: started.slot,
             state_path: started.state_path,
             origin: Origin::Clone { _image: image, mapped },
             generation: spec.generation,
             engine: self.shared.clone(),
         };
-        Ok(Box::new(QemuMachine::run(parts, events, receiver).await))
+        Ok(Box::new(QemuMachine::run(parts, session, events, receiver).await))
     }
 
     async fn forget(&self, snapshot: &Snapshot) {
