@@ -15,7 +15,7 @@ use nix::{
 };
 
 use crate::{
-    network,
+    cgroup, network,
     uevent::{UeventError, Uevents},
 };
 
@@ -73,6 +73,9 @@ pub enum BootError {
     /// a device did not appear
     #[error(transparent)]
     Device(#[from] UeventError),
+    /// the application's control group could not be made
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::CgroupError),
     /// the loopback device could not be brought up
     #[error(transparent)]
     Network(#[from] network::NetworkError),
@@ -94,6 +97,9 @@ pub fn boot() -> Result<Machine, BootError> {
         // `listen` then looks at the socket tables now and then.
         eprintln!("hearth-guest: {error}");
     }
+    // Processes in the root group of a cgroup namespace may not change its limits.
+    attach("cgroup2", cgroup::ROOT, "cgroup2", MsFlags::empty(), Some("nsdelegate"))?;
+    cgroup::create()?;
     network::bring_up_loopback()?;
     container_sysctls();
     let kernel = read("/proc/sys/kernel/osrelease")?.trim().to_owned();

@@ -10,6 +10,7 @@
 
 mod app;
 mod boot;
+mod cgroup;
 mod connections;
 mod dial;
 mod identity;

@@ -1,6 +1,8 @@
 //! The application: started once, its output collected, its end remembered. Also the reaper of everything that ends up with PID 1.
 
 pub mod container;
+mod process;
+mod rootfs;
 mod user;
 
 use std::{
@@ -13,6 +15,7 @@ use std::{
 use hearth_guest_protocol::{App, ExitStatus, LogSource};
 use nix::{
     errno::Errno,
+    libc,
     sys::wait::{WaitPidFlag, WaitStatus, waitpid},
     unistd::Pid,
 };
@@ -25,7 +28,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::logs::Logs;
+use crate::{cgroup, logs::Logs};
 
 /// From the order to start until the application's own code runs.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -112,7 +115,7 @@ impl Application {
                     tokio::spawn(async move {
                         // What the application said last goes before the news of its end.
                         let _ = timeout(OUTPUT_DEADLINE, output.join_all()).await;
-                        exit.send_replace(Some(status));
+                        exit.send_replace(Some(ExitStatus { out_of_memory: lacked_memory(status), ..status }));
                     });
                 }
             }
@@ -130,6 +133,13 @@ fn next_ended() -> Option<(Pid, ExitStatus)> {
             Ok(_) | Err(_) => {}
         }
     }
+}
+
+/// Whether a main process that ended so was ended by the kernel, with its whole container, for want of memory.
+fn lacked_memory(status: ExitStatus) -> bool {
+    const KILLED: i32 = 128 + libc::SIGKILL;
+    let kills = || cgroup::out_of_memory_kills().inspect_err(|error| eprintln!("hearth-guest: {error}")).unwrap_or(0);
+    status.code == KILLED && kills() > 0
 }
 
 /// Starts this binary again as the container's first process. Only a fresh, single-threaded process may safely do what follows `fork`.
