@@ -26,6 +26,7 @@ use crate::{
     quota::Throttle,
     recovery,
     registry::Registry,
+    roles::Roles,
     settings::Settings,
     sweep,
     token::Keyring,
@@ -45,6 +46,7 @@ pub struct Deps {
     pub objects: Arc<dyn Objects>,
     pub logs: Arc<LogStore>,
     pub keyring: Arc<Keyring>,
+    pub roles: Arc<dyn Roles>,
     pub settings: Settings,
 }
 
@@ -89,7 +91,7 @@ pub(crate) struct Inner {
 impl Control {
     /// Takes up what an earlier server left in the data directory, and starts. One server at a time; the caller holds the lock.
     pub async fn start(deps: Deps) -> Result<Arc<Self>, StartError> {
-        let Deps { store, engine, builder, objects, logs, keyring, settings } = deps;
+        let Deps { store, engine, builder, objects, logs, keyring, roles, settings } = deps;
         let keys = settings.data_dir.join("keys");
         let cursors = Cursors::load_or_create(&keys)
             .map_err(|source| StartError::Host { what: format!("reading or making the cursor key in {}", keys.display()), source })?;
@@ -105,6 +107,7 @@ impl Control {
             logs: Arc::clone(&logs),
             snapshots: Arc::clone(&snapshots),
             policies: Arc::clone(&policies),
+            roles: Arc::clone(&roles),
             turns: Semaphore::new(settings.max_concurrent_builds.max(1)),
             settings: settings.clone(),
             stop: stop.clone(),
@@ -117,6 +120,8 @@ impl Control {
             snapshots,
             policies,
             logs: Arc::clone(&logs),
+            roles,
+            guests: settings.guests,
             dir: settings.data_dir.join("microvms"),
             terminated: Notify::new(),
             changes: changes.clone(),

@@ -22,6 +22,8 @@ pub mod quota;
 mod records;
 mod recovery;
 mod registry;
+pub mod roles;
+mod services;
 mod settings;
 mod sweep;
 mod tags;
@@ -33,4 +35,4 @@ mod versions;
 
 pub use control::{Control, Deps, StartError};
 pub use error::ControlError;
-pub use settings::Settings;
+pub use settings::{GuestSettings, Settings};

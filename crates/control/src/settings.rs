@@ -1,6 +1,6 @@
 //! What an operator may set about the domain.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use hearth_machine::network::EgressPolicy;
 
@@ -33,6 +33,19 @@ pub struct Settings {
     pub quotas: Quotas,
     /// What MicroVMs may reach through connectors of these names, whatever the connectors' tags say.
     pub connectors: BTreeMap<String, EgressPolicy>,
+    /// What guests may use of the server.
+    pub guests: GuestSettings,
+}
+
+/// What guests may use of the server.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GuestSettings {
+    /// Where the server's API listens, for guests that have a role. None: they cannot reach it.
+    pub api: Option<SocketAddr>,
+    /// The environment of images says where the API is, so that SDKs find it.
+    pub names_api: bool,
+    /// A guest may suspend its own MicroVM.
+    pub self_suspend: bool,
 }
 
 impl Settings {
@@ -52,6 +65,7 @@ impl Settings {
             max_artifact_bytes: 1 << 30,
             quotas: Quotas::default(),
             connectors: BTreeMap::new(),
+            guests: GuestSettings::default(),
         }
     }
 }

@@ -15,8 +15,8 @@ use async_trait::async_trait;
 use hearth_build::{BuildError, BuildRequest, Built, ImageBuilder, ImageConfig};
 use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, LogRecord, LogSource};
 use hearth_machine::{
-    BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec,
-    Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, SuspendOutcome, Suspended, Target,
+    BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestServices, GuestStream, LaunchError, LaunchSource,
+    LaunchSpec, Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, SuspendOutcome, Suspended, Target,
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS},
 };
 use hearth_objects::{FetchError, ObjectUri, Objects, PutError};
@@ -32,6 +32,7 @@ use crate::{
     arn::managed_image,
     logs::{LogStore, Retention},
     plane::{Admission, ConnectError, ControlPlane, DataPlane},
+    roles::{Credentials, RoleError, Roles},
     token::Keyring,
     types::{Caller, CreateImage, IdlePolicy, Image, ImageSpec, ImageState, Microvm, MicrovmState, PageRequest, PortSpec, RunMicrovm},
 };
@@ -57,6 +58,8 @@ pub struct FakeEngine {
     pub app: Mutex<Option<App>>,
     /// What the last boot or launch was told.
     pub egress: Mutex<Option<Egress>>,
+    /// What the guest of the last boot or launch may ask.
+    pub services: Mutex<Option<Arc<dyn GuestServices>>>,
     machines: Mutex<HashMap<String, Remote>>,
 }
 
@@ -84,6 +87,7 @@ impl FakeEngine {
             script: Mutex::new(vec![MachineEvent::Listening(8080)]),
             app: Mutex::default(),
             egress: Mutex::default(),
+            services: Mutex::default(),
             machines: Mutex::default(),
         })
     }
@@ -136,6 +140,7 @@ impl Engine for EngineHandle {
     async fn boot(&self, spec: BootSpec) -> Result<Box<dyn Machine>, BootError> {
         assert!(spec.rootfs.exists(), "the root file system is there");
         *self.0.egress.lock().unwrap() = Some(spec.egress);
+        *self.0.services.lock().unwrap() = Some(spec.services);
         std::fs::create_dir_all(&spec.dir).unwrap();
         if self.0.fail_boot.load(Ordering::SeqCst) {
             return Err(BootError::Monitor("no monitor".to_owned()));
@@ -146,6 +151,7 @@ impl Engine for EngineHandle {
     async fn launch(&self, spec: LaunchSpec) -> Result<Box<dyn Machine>, LaunchError> {
         let launch = self.0.launches.fetch_add(1, Ordering::SeqCst) + 1;
         *self.0.egress.lock().unwrap() = Some(spec.egress);
+        *self.0.services.lock().unwrap() = Some(spec.services);
         self.0.pass_gate().await;
         std::fs::create_dir_all(&spec.dir).unwrap();
         if self.0.fail_launch.load(Ordering::SeqCst) {
@@ -402,7 +408,7 @@ pub fn run(name: &str, idle_policy: Option<IdlePolicy>) -> RunMicrovm {
     RunMicrovm {
         image: image_arn(name),
         version: None,
-        execution_role_arn: None,
+        execution_role_arn: Some("arn:aws:iam::000000000000:role/app".to_owned()),
         idle_policy,
         maximum_duration_seconds: 28_800,
         ingress_network_connectors: Vec::new(),
@@ -541,6 +547,26 @@ impl World {
     }
 }
 
+/// Every role can be assumed and may do everything.
+struct FakeRoles;
+
+#[async_trait]
+impl Roles for FakeRoles {
+    async fn assume(&self, role_arn: &str, session_name: &str) -> Result<Credentials, RoleError> {
+        Ok(Credentials {
+            access_key_id: format!("{role_arn} {session_name}"),
+            secret_access_key: "secret".to_owned(),
+            session_token: "token".to_owned(),
+            issued_at: 0,
+            expires_at: u64::MAX,
+        })
+    }
+
+    fn allows(&self, _role_arn: &str, _action: &str, _resource: &str) -> bool {
+        true
+    }
+}
+
 fn settings(dir: &Path) -> Settings {
     Settings { memory_reserve_mib: 0, max_concurrent_builds: 1, ..Settings::new(dir.to_owned()) }
 }
@@ -554,6 +580,7 @@ async fn start(dir: &Path, engine: &Arc<FakeEngine>, builder: &Arc<FakeBuilder>,
         objects: Arc::new(FakeObjects),
         logs: Arc::clone(&logs),
         keyring: Arc::new(Keyring::load_or_create(&dir.join("keys")).unwrap()),
+        roles: Arc::new(FakeRoles),
         settings,
     })
     .await

@@ -22,6 +22,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::net::Ipv4Addr;
+
 pub mod marker;
 pub mod message;
 pub mod mux;
@@ -43,6 +45,12 @@ pub const PORT_NAME: &str = "hearth";
 
 /// How much standard input may be on its way to a process: both sides can hear more than data while the process does not read.
 pub const EXEC_WINDOW_BYTES: u32 = 256 << 10;
+
+/// Where the guest's metadata service is, as on EC2: link-local, and never seen outside the guest.
+pub const METADATA_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+
+/// TCP port at that address that leads to the API of the guest's own server.
+pub const API_PORT: u16 = 8470;
 
 /// Largest encoded message, in bytes: bounds what a hostile peer can make the other side allocate.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;

@@ -322,7 +322,9 @@ pub enum CopyOutput {
 pub enum MetadataRequest {
     /// Credentials of the MicroVM's execution role.
     Credentials,
-    /// Suspend this MicroVM, as if it had become idle.
+    /// The region that the MicroVM is in.
+    Region,
+    /// Suspend this MicroVM, as a call of the API would.
     Suspend,
 }
 
@@ -331,10 +333,17 @@ pub enum MetadataRequest {
 pub enum MetadataReply {
     /// Temporary credentials.
     Credentials(Credentials),
+    /// For example `us-east-1`.
+    Region(String),
     /// There is no such thing for this MicroVM: it has no execution role, or the operator has not enabled it.
     Absent,
     /// It was done.
     Done,
+    /// The role does not let itself be assumed.
+    Refused {
+        /// What the guest may know of it.
+        reason: String,
+    },
     /// It failed on the host's side; worth another try.
     Failed {
         /// What the guest may know of it.

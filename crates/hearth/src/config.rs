@@ -17,6 +17,7 @@
 //! slots = "10.201.0.0/16"
 //! ```
 
+mod guests;
 mod quotas;
 
 use std::{
@@ -31,6 +32,7 @@ use hearth_machine::network::EgressPolicy;
 use hearth_machine::network::Links;
 use serde::{Deserialize, Deserializer, de};
 
+pub use guests::{ExtensionsConfig, RolesConfig};
 pub use quotas::{ConnectorConfig, QuotasConfig};
 
 use crate::credentials::Credentials;
@@ -89,6 +91,10 @@ pub struct ServeConfig {
     pub logs: LogsConfig,
     /// What is logged, on standard error.
     pub log: LogConfig,
+    /// Where credentials of execution roles and build roles come from.
+    pub roles: RolesConfig,
+    /// What AWS does not have.
+    pub extensions: ExtensionsConfig,
 }
 
 /// An account's users and roles.
@@ -278,6 +284,8 @@ impl Default for ServeConfig {
             network: NetworkConfig::default(),
             logs: LogsConfig::default(),
             log: LogConfig::default(),
+            roles: RolesConfig::default(),
+            extensions: ExtensionsConfig::default(),
         }
     }
 }
@@ -428,6 +436,9 @@ impl ServeConfig {
         }
         for (name, connector) in &self.connectors {
             connector.policy().map_err(|source| ConfigError::Connector { name: name.clone(), origin: origin.to_owned(), source })?;
+        }
+        if let Some((key, found, expected)) = self.roles.unusable() {
+            return refuse(key, &found, expected);
         }
         if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
             return refuse("log.level", &self.log.level, "\"error\", \"warn\", \"info\", \"debug\" or \"trace\"");

@@ -12,6 +12,7 @@ mod data_dir;
 mod doctor;
 mod iam;
 mod ports;
+mod roles;
 mod serve;
 mod verbs;
 

@@ -20,6 +20,8 @@ use crate::{
 
 /// Who assumes the roles of MicroVMs and builds.
 const SERVICE: &str = "lambda.amazonaws.com";
+/// Name of the session in which the service itself acts for a MicroVM.
+const SERVICE_SESSION: &str = "lambda";
 /// What temporary access keys begin with.
 const TEMPORARY: &str = "ASIA";
 /// Keys that a user may have, so that one can be replaced by another.
@@ -300,6 +302,19 @@ impl Directory {
             return Err(SessionError::NotTrusted(role_arn.to_owned()));
         }
         self.session(known, session_name, duration, None, now)
+    }
+
+    /// Whether sessions that the service has of a role may do something. Like [`Directory::check_passed_role`], everything is allowed as long as
+    /// the account has no roles.
+    pub fn role_allows(&self, role_arn: &str, action: &str, resource: &str) -> bool {
+        let index = self.index();
+        let Some(known) = index.roles.get(role_arn) else {
+            let account = role_arn.split(':').nth(4).unwrap_or_default();
+            return !index.roles.values().any(|known| known.role.account == account);
+        };
+        let principal = known.session(SERVICE_SESSION, None);
+        let context = principal.context();
+        known.trusts_service() && principal.decide(Request { action, resource, context: &context }) == Decision::Allowed
     }
 
     fn session(

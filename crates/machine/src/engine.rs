@@ -6,10 +6,10 @@
 //! launch(Suspended) ─▶ Machine ─▶ …                             (next request)
 //! ```
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, LogRecord};
+use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, LogRecord, MetadataReply, MetadataRequest};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
@@ -102,6 +102,31 @@ pub trait Dial: Send + Sync {
     }
 }
 
+/// What a guest may ask of its host. One for each machine, so that no guest can ask for another.
+#[async_trait]
+pub trait GuestServices: fmt::Debug + Send + Sync {
+    /// Answers the guest's metadata service.
+    async fn metadata(&self, request: MetadataRequest) -> MetadataReply;
+
+    /// Connects to the server's API; the bytes are the guest's. Refused where the guest has no use for it.
+    async fn api(&self) -> io::Result<Box<dyn GuestStream>>;
+}
+
+/// For machines that have nobody to ask.
+#[derive(Debug, Clone, Copy)]
+pub struct NoServices;
+
+#[async_trait]
+impl GuestServices for NoServices {
+    async fn metadata(&self, _request: MetadataRequest) -> MetadataReply {
+        MetadataReply::Absent
+    }
+
+    async fn api(&self) -> io::Result<Box<dyn GuestStream>> {
+        Err(io::ErrorKind::ConnectionRefused.into())
+    }
+}
+
 /// Something that happened in a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MachineEvent {
@@ -133,6 +158,8 @@ pub struct BootSpec {
     pub memory_mib: u32,
     /// What the guest may reach.
     pub egress: Egress,
+    /// What the guest may ask.
+    pub services: Arc<dyn GuestServices>,
     /// How long the guest may take until it waits for its application.
     pub timeout: Duration,
 }
@@ -151,6 +178,8 @@ pub struct LaunchSpec {
     pub source: LaunchSource,
     /// What the guest may reach in this life.
     pub egress: Egress,
+    /// What the guest may ask in this life.
+    pub services: Arc<dyn GuestServices>,
     /// Counts launches and resumes of this machine, from 1.
     pub generation: u64,
 }

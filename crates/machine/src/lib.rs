@@ -9,12 +9,13 @@ mod memory;
 pub mod network;
 pub mod probe;
 pub mod qemu;
+mod requests;
 mod session;
 pub mod snapshot;
 
 pub use engine::{
-    BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestStream, LaunchError, LaunchSource, LaunchSpec, Machine,
-    MachineEvent, SuspendError, SuspendOutcome, Suspended, Target,
+    BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestServices, GuestStream, LaunchError, LaunchSource,
+    LaunchSpec, Machine, MachineEvent, NoServices, SuspendError, SuspendOutcome, Suspended, Target,
 };
 pub use network::Egress;
 pub use snapshot::{Platform, Snapshot, SnapshotError, SnapshotManifest};

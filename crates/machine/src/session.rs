@@ -9,8 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use hearth_guest_protocol::{
-    self as protocol, App, DialReply, GuestMessage, Hello, HostMessage, LogRecord, Marker, MarkerTrigger, MarkerWatch, Mux, Network, Ready,
-    Stream, StreamHeader, read_message, write_message,
+    self as protocol, App, DialReply, GuestMessage, Hello, HostMessage, Marker, MarkerTrigger, MarkerWatch, Mux, Network, Ready, Stream,
+    StreamHeader, read_message, write_message,
 };
 use tokio::{
     io::{AsyncWriteExt, ReadHalf, WriteHalf},
@@ -20,7 +20,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::engine::{Dial, DialError, GuestError, GuestStream, MachineEvent, Target};
+use crate::{
+    engine::{Dial, DialError, GuestError, GuestServices, GuestStream, MachineEvent, Target},
+    requests,
+};
 
 /// How long a guest may take to let go of a session, or to start a process, or to answer a connection.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -31,6 +34,8 @@ pub struct Identity {
     pub vm_id: String,
     pub generation: u64,
     pub network: Option<Network>,
+    /// What it may ask of the host.
+    pub services: Arc<dyn GuestServices>,
 }
 
 /// An open session.
@@ -98,7 +103,7 @@ impl Session {
         let (reader, writer) = tokio::io::split(control);
         let (report_start, started) = watch::channel(None);
         tokio::spawn(read_control(reader, report_start, events.clone()));
-        tokio::spawn(accept_streams(driver.inbound, events));
+        tokio::spawn(requests::accept(driver.inbound, identity.services, events));
         let (report_end, ended) = oneshot::channel();
         let abort = driver.task.abort_handle();
         let driven = tokio::spawn(async move {
@@ -206,21 +211,6 @@ async fn read_control(
         if events.send(event).await.is_err() {
             return;
         }
-    }
-}
-
-async fn accept_streams(mut inbound: mpsc::Receiver<Stream>, events: mpsc::Sender<MachineEvent>) {
-    while let Some(mut stream) = inbound.recv().await {
-        let events = events.clone();
-        tokio::spawn(async move {
-            // A guest opens nothing but its log; anything else is dropped, which resets it.
-            let Ok(StreamHeader::Log) = read_message(&mut stream).await else { return };
-            while let Ok(record) = read_message::<LogRecord>(&mut stream).await {
-                if events.send(MachineEvent::Log(record)).await.is_err() {
-                    return;
-                }
-            }
-        });
     }
 }
 

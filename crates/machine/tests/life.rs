@@ -9,8 +9,8 @@ use std::{
 
 use hearth_guest_protocol::{App, LogSource};
 use hearth_machine::{
-    BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot, SuspendOutcome,
-    Suspended, Target,
+    BootSpec, DialError, Engine, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, NoServices, Snapshot,
+    SuspendOutcome, Suspended, Target,
     kit::Kit,
     network::{Egress, EgressPolicy, Links, Slots},
     qemu::{Accelerator, Qemu},
@@ -89,6 +89,7 @@ impl Bench {
             vcpus: 1,
             memory_mib: 512,
             egress: Egress::Internet,
+            services: Arc::new(NoServices),
             timeout: PATIENCE,
         };
         self.engine.boot(spec).await.unwrap()
@@ -101,6 +102,7 @@ impl Bench {
             snapshot: snapshot.clone(),
             source,
             egress: Egress::Internet,
+            services: Arc::new(NoServices),
             generation,
         }
     }

@@ -22,10 +22,11 @@ use crate::{
     logs::{LogLine, LogOrigin, LogWriter},
     pump::Pump,
     records::{millis, version_name},
+    services::Services,
     types::BuildSizes,
 };
 
-use super::{Identity, Job, Shape, Shared, image_dir, version_dir};
+use super::{Identity, Job, Shape, Shared, endpoints, image_dir, version_dir};
 
 /// Lines of build output that wait for the log; the build waits when there are more.
 const LOG_QUEUE: usize = 256;
@@ -176,16 +177,21 @@ impl Pipeline {
             Err(error) => return Err(self.host_failed(&error).await),
         };
         self.say(format!("Booting with {} MiB of memory.", spec.memory_mib)).await;
+        let id = format!("build-{}", self.job.build_id);
+        // The app's build hooks act with the build role (SPEC 8.1).
+        let api = self.shared.settings.guests.api;
+        let services = Services::new(&id, &self.image.region, Some(&spec.build_role_arn), &self.shared.roles, api);
         let booted = self
             .shared
             .engine
             .boot(BootSpec {
-                id: format!("build-{}", self.job.build_id),
+                id,
                 dir: work.join("machine"),
                 rootfs,
                 vcpus: Shape::of(spec.memory_mib).map_or(1, |shape| shape.vcpus),
                 memory_mib: spec.memory_mib,
                 egress,
+                services: Arc::new(services),
                 timeout: self.shared.settings.boot_timeout,
             })
             .await;
@@ -268,9 +274,13 @@ impl Pipeline {
         ];
         let requested = self.job.spec.environment.iter().flatten().map(|(key, value)| (key.clone(), value.clone()));
         let ours = ours.into_iter().map(|(key, value)| (key.to_owned(), value));
+        let mut env = last_wins(config.env.iter().cloned().chain(requested).chain(ours));
+        if self.shared.settings.guests.names_api {
+            env.extend(endpoints::variables(&env));
+        }
         App {
             argv: config.argv.clone(),
-            env: last_wins(config.env.iter().cloned().chain(requested).chain(ours)),
+            env,
             cwd: config.cwd.clone(),
             user: config.user.clone(),
             stop_signal: config.stop_signal,

@@ -23,6 +23,7 @@
 
 mod build;
 mod driver;
+mod endpoints;
 mod shape;
 mod snapshots;
 
@@ -39,6 +40,7 @@ use crate::{
     connectors::Policies,
     logs::{LogGroup, LogStore, Route, build_streams},
     records::{millis, time, version_name},
+    roles::Roles,
     settings::Settings,
     types::{ImageSpec, VersionStatus},
 };
@@ -57,6 +59,7 @@ pub(crate) struct Shared {
     pub logs: Arc<LogStore>,
     pub snapshots: Arc<Snapshots>,
     pub policies: Arc<Policies>,
+    pub roles: Arc<dyn Roles>,
     pub settings: Settings,
     /// One for each build that may run.
     pub turns: Semaphore,

@@ -65,6 +65,12 @@ impl LogGroup {
         Self::new(account, region, format!("/aws/lambda-microvms/{image_name}"))
     }
 
+    /// ARN of a stream of this group, as policies name it.
+    pub fn stream_arn(&self, stream: &str) -> String {
+        let Self { account, region, name, .. } = self;
+        format!("arn:aws:logs:{region}:{account}:log-group:{name}:log-stream:{stream}")
+    }
+
     /// Where the operator's copies are of what would be in this group by default.
     pub fn private(self) -> Self {
         Self { private: true, ..self }

@@ -34,6 +34,17 @@ impl Route {
         }
         Self { own: (own.0.private(), own.1), shipped: Some(shipped) }
     }
+
+    /// Where the API shows the lines, if it does.
+    pub fn shipped(&self) -> Option<(&LogGroup, &str)> {
+        let (group, stream) = self.shipped.as_ref().or(Some(&self.own).filter(|(group, _)| !group.private))?;
+        Some((group, stream))
+    }
+
+    /// For the operator's eyes only.
+    pub fn kept_back(self) -> Self {
+        Self { own: (self.own.0.private(), self.own.1), shipped: None }
+    }
 }
 
 #[cfg(test)]

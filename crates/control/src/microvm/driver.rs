@@ -20,19 +20,21 @@ use crate::{
     pump::Pump,
     records,
     recovery::holds_suspended_state,
+    services::Services,
     types::MicrovmState,
 };
 
 use super::{
-    CallError, Record, Request, Shared, SuspendedBy, View, Wish,
+    CallError, Record, Request, Shared, SuspendedBy, Suspender, View, Wish,
     policy::{self, Decision, Done, Message, Next, Situation},
-    reason, wakes,
+    reason, ship, wakes,
 };
 
 /// The driver's ends of a [`super::Handle`].
 pub struct Channels {
     pub publish: watch::Sender<View>,
     pub mailbox: mpsc::UnboundedReceiver<Request>,
+    pub suspender: Suspender,
     pub wake: Arc<Notify>,
     pub activity: Arc<Activity>,
 }
@@ -67,6 +69,8 @@ pub struct Driver {
     channels: Channels,
     dir: PathBuf,
     log: LogWriter,
+    /// What the guest may ask, in every life.
+    services: Arc<Services>,
     running: Option<Running>,
     /// Launch, suspend or clear, one at a time. A task of its own: whatever it holds, it gets on while the driver waits for the store.
     operation: Option<AbortOnDropHandle<Outcome>>,
@@ -83,7 +87,15 @@ impl Driver {
     pub fn new(shared: Arc<Shared>, record: Record, channels: Channels) -> Self {
         let group = LogGroup::of_image(&record.account, &record.region, &record.image_name);
         let stream = stream_name(record.vm.started_at, &record.vm.version, &record.vm.id);
-        let log = shared.logs.writer(&Route::new(group, stream, record.logging.as_ref()));
+        let route = Route::new(group, stream, record.logging.as_ref());
+        let (route, kept_back) = ship::checked(route, record.vm.execution_role_arn.as_deref(), shared.roles.as_ref());
+        let log = shared.logs.writer(&route);
+        if let Some(why) = kept_back {
+            log.offer(LogLine::now(LogOrigin::System, why));
+        }
+        let suspender = shared.guests.self_suspend.then(|| channels.suspender.clone());
+        let role = record.vm.execution_role_arn.as_deref();
+        let services = Services::new(&record.vm.id, &record.region, role, &shared.roles, shared.guests.api).with_suspender(suspender);
         let dir = shared.dir.join(&record.vm.id);
         let lifetime_end = in_future(record.vm.started_at, Duration::from_secs(record.vm.maximum_duration_seconds.into()));
         let mut driver = Self {
@@ -92,6 +104,7 @@ impl Driver {
             channels,
             dir,
             log,
+            services: Arc::new(services),
             running: None,
             operation: None,
             cancel_suspend: CancellationToken::new(),
@@ -287,6 +300,7 @@ impl Driver {
         let (image_id, number) = (self.record.image_id.clone(), self.record.number);
         let (account, region) = (self.record.account.clone(), self.record.region.clone());
         let connectors = self.record.vm.egress_network_connectors.clone();
+        let services = Arc::clone(&self.services);
         begin(async move {
             // What a connector means may have changed since the last launch.
             let egress = match shared.policies.resolve(&account, &region, &connectors).await {
@@ -300,7 +314,7 @@ impl Driver {
             let launched = async {
                 let snapshot = shared.snapshots.get(&image_id, number).await?;
                 let dir = dir.clone();
-                shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, egress, generation }).await
+                shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, egress, services, generation }).await
             };
             let error = match launched.await {
                 Ok(machine) => return Outcome::Launched(Ok(machine)),

@@ -30,6 +30,7 @@
 mod driver;
 mod policy;
 mod reason;
+mod ship;
 
 use std::{
     path::PathBuf,
@@ -53,6 +54,8 @@ use crate::{
     images::Snapshots,
     logs::LogStore,
     plane::{Activity, ConnectError},
+    roles::Roles,
+    settings::GuestSettings,
     types::{Microvm, MicrovmState},
 };
 
@@ -65,6 +68,8 @@ pub(crate) struct Shared {
     pub snapshots: Arc<Snapshots>,
     pub policies: Arc<Policies>,
     pub logs: Arc<LogStore>,
+    pub roles: Arc<dyn Roles>,
+    pub guests: GuestSettings,
     /// Parent of the MicroVMs' directories.
     pub dir: PathBuf,
     /// Told about each termination.
@@ -123,6 +128,7 @@ pub(crate) enum Call {
 }
 
 /// A message with someone who waits for the answer.
+#[derive(Debug)]
 struct Request {
     call: Wish,
     answer: oneshot::Sender<Result<(), CallError>>,
@@ -143,6 +149,23 @@ enum CallError {
     /// the transition could not be recorded
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+/// How a guest has its own MicroVM suspended.
+#[derive(Debug, Clone)]
+pub(crate) struct Suspender(mpsc::WeakUnboundedSender<Request>);
+
+impl Suspender {
+    /// Like SuspendMicrovm: returns when it is recorded, not when it is done.
+    pub async fn suspend(&self) -> Result<(), String> {
+        let (answer, answered) = oneshot::channel();
+        let request = Request { call: Wish::Call(Call::Suspend), answer };
+        let sent = self.0.upgrade().is_some_and(|requests| requests.send(request).is_ok());
+        match answered.await {
+            Ok(result) if sent => result.map_err(|error| error.to_string()),
+            _ => Err("The MicroVM is about to end.".to_owned()),
+        }
+    }
 }
 
 /// How the rest of the domain reaches a MicroVM.
@@ -185,7 +208,8 @@ impl Handle {
         let (account, region) = (record.account.clone(), record.region.clone());
         let http = allows_http(&record.vm.ingress_network_connectors);
         let shell = check_shell(&record.vm.ingress_network_connectors).is_ok();
-        let channels = driver::Channels { publish, mailbox, wake: Arc::clone(&wake), activity: Arc::clone(&activity) };
+        let suspender = Suspender(requests.downgrade());
+        let channels = driver::Channels { publish, mailbox, suspender, wake: Arc::clone(&wake), activity: Arc::clone(&activity) };
         let task = start(channels, record);
         Arc::new(Self { id, account, region, host, activity, http, shell, view, requests, wake, task })
     }

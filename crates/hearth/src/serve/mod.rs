@@ -14,7 +14,7 @@ use std::{io::Write, net::SocketAddr, path::Path, process::ExitCode, sync::Arc, 
 use anyhow::Context;
 use hearth_api::Auth;
 use hearth_build::{Builder, BuilderConfig};
-use hearth_control::{Control, Deps, Settings, logs::LogStore, token::Keyring, types::Caller};
+use hearth_control::{Control, Deps, GuestSettings, Settings, logs::LogStore, token::Keyring, types::Caller};
 use hearth_identity::Directory;
 use hearth_ingress::{EndpointCertificates, IngressConfig, LocalCa};
 use hearth_machine::{
@@ -31,13 +31,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{listen::Listeners, signals::Signals};
 use crate::{
     admin::{self, Admin},
-    config::ServeConfig,
+    config::{ServeConfig, reachable},
     connect::Connect,
     credentials::{Credentials, Origin},
     data_dir::{DataDir, Lock},
     doctor,
     iam::{self, ObjectPrincipals},
     ports::{self, Ports},
+    roles::OwnRoles,
     verbs::env,
 };
 
@@ -159,7 +160,8 @@ impl Server {
             objects: Arc::new(objects.clone()),
             logs: Arc::clone(&logs),
             keyring: Arc::new(keyring),
-            settings: settings(&config, &dir),
+            roles: Arc::new(OwnRoles { directory: Arc::clone(&principals), lifetime: config.roles.lifetime() }),
+            settings: Settings { guests: guests(&config, &listeners), ..settings(&config, &dir) },
         };
         let control = match Control::start(deps).await {
             Ok(control) => control,
@@ -296,6 +298,14 @@ fn settings(config: &ServeConfig, dir: &DataDir) -> Settings {
         connectors: config.egress_policies(),
         shutdown_timeout: SUSPEND,
         ..defaults
+    }
+}
+
+fn guests(config: &ServeConfig, listeners: &Listeners) -> GuestSettings {
+    GuestSettings {
+        api: listeners.api.local_addr().ok().map(reachable),
+        names_api: config.roles.endpoint_variables,
+        self_suspend: config.extensions.self_suspend,
     }
 }
 

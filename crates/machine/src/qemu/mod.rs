@@ -42,7 +42,7 @@ use self::{
     qmp::Qmp,
 };
 use crate::{
-    engine::{BootError, BootSpec, CaptureError, Engine, LaunchError, LaunchSource, LaunchSpec, Machine, SuspendError},
+    engine::{BootError, BootSpec, CaptureError, Engine, GuestServices, LaunchError, LaunchSource, LaunchSpec, Machine, SuspendError},
     kit::Kit,
     memory::{self, Mapping},
     network::{Egress, Slot, Slots},
@@ -271,8 +271,8 @@ struct Started {
     load: Option<i32>,
 }
 
-fn identity(id: &str, generation: u64, slot: &Slot) -> Identity {
-    Identity { vm_id: id.to_owned(), generation, network: Some(slot.network()) }
+fn identity(id: &str, generation: u64, slot: &Slot, services: Arc<dyn GuestServices>) -> Identity {
+    Identity { vm_id: id.to_owned(), generation, network: Some(slot.network()), services }
 }
 
 #[async_trait]
@@ -304,7 +304,7 @@ impl Engine for Qemu {
             })
             .await?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
-        let identity = identity(&spec.id, 0, &started.slot);
+        let identity = identity(&spec.id, 0, &started.slot, spec.services);
         let channel = started.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
         let session = tokio::select! {
             session = Session::open(started.channel, BOOT_MARKER, identity, spec.timeout, events.clone()) => session,
@@ -383,7 +383,7 @@ impl Engine for Qemu {
         discarded.map_err(Failure::of("removing the suspended state in", &spec.dir))?;
         started.qmp.cont().await.map_err(Failure::monitor)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
-        let identity = identity(&spec.id, spec.generation, &started.slot);
+        let identity = identity(&spec.id, spec.generation, &started.slot, spec.services);
         let channel = started.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
         let session = tokio::select! {
             session = Session::open(started.channel, marker, identity, READY, events.clone()) => session?,
