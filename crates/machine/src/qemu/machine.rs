@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{EVENT_QUEUE, Failure, NEXT_STATE, OVERLAY, READY, Shared, create_overlay, identity, process::Process, qmp::Qmp};
 use crate::{
-    engine::{CaptureError, Dial, GuestError, Machine, MachineEvent, SuspendError, SuspendOutcome, Suspended},
+    engine::{CaptureError, Dial, GuestError, GuestServices, Machine, MachineEvent, SuspendError, SuspendOutcome, Suspended},
     kit::sha256_data,
     memory::{self, Extent, Mapping},
     network::Slot,
@@ -43,6 +43,7 @@ pub struct Parts {
     pub state_path: String,
     pub origin: Origin,
     pub generation: u64,
+    pub services: Arc<dyn GuestServices>,
     pub engine: Arc<Shared>,
 }
 
@@ -215,7 +216,7 @@ impl Parts {
     async fn run_on(self, marker: Marker) -> Result<SuspendOutcome, SuspendError> {
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let channel = self.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
-        let identity = identity(&self.id, self.generation, &self.slot);
+        let identity = identity(&self.id, self.generation, &self.slot, Arc::clone(&self.services));
         let session = Session::open(channel, marker, identity, READY, events.clone()).await?;
         tracing::debug!(id = self.id, "a suspend was cancelled");
         Ok(SuspendOutcome::Cancelled(Box::new(QemuMachine::run(self, session, events, receiver).await)))

@@ -304,7 +304,7 @@ impl Engine for Qemu {
             })
             .await?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
-        let identity = identity(&spec.id, 0, &started.slot, spec.services);
+        let identity = identity(&spec.id, 0, &started.slot, Arc::clone(&spec.services));
         let channel = started.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
         let session = tokio::select! {
             session = Session::open(started.channel, BOOT_MARKER, identity, spec.timeout, events.clone()) => session,
@@ -323,6 +323,7 @@ impl Engine for Qemu {
             state_path: started.state_path,
             origin: Origin::Boot { memory, rootfs: spec.rootfs, vcpus: spec.vcpus, memory_mib: spec.memory_mib },
             generation: 0,
+            services: spec.services,
             engine: self.shared.clone(),
         };
         Ok(Box::new(QemuMachine::run(parts, session, events, receiver).await))
@@ -383,7 +384,7 @@ impl Engine for Qemu {
         discarded.map_err(Failure::of("removing the suspended state in", &spec.dir))?;
         started.qmp.cont().await.map_err(Failure::monitor)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
-        let identity = identity(&spec.id, spec.generation, &started.slot, spec.services);
+        let identity = identity(&spec.id, spec.generation, &started.slot, Arc::clone(&spec.services));
         let channel = started.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
         let session = tokio::select! {
             session = Session::open(started.channel, marker, identity, READY, events.clone()) => session?,
@@ -399,6 +400,7 @@ impl Engine for Qemu {
             state_path: started.state_path,
             origin: Origin::Clone { _image: image, mapped },
             generation: spec.generation,
+            services: spec.services,
             engine: self.shared.clone(),
         };
         Ok(Box::new(QemuMachine::run(parts, session, events, receiver).await))
