@@ -123,6 +123,7 @@ impl Control {
             roles,
             guests: settings.guests,
             dir: settings.data_dir.join("microvms"),
+            stop_grace: settings.stop_grace,
             terminated: Notify::new(),
             changes: changes.clone(),
             tasks: tasks.clone(),

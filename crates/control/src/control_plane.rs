@@ -19,6 +19,7 @@ use crate::{
     capacity,
     control::{Control, Inner},
     error::ControlError,
+    hooks::{Hook, Hooks},
     images::{self, FIRST, Job, Shape},
     managed,
     microvm::{self, Call, STOPPING},
@@ -322,7 +323,9 @@ impl Inner {
             return self.replayed(seen).await;
         }
         let (image, number, spec) = self.find_active(caller, &arn, request.version.as_deref()).await?;
-        if request.run_hook_payload.is_some() && !has_run_hook(&spec) {
+        let sent_hooks = spec.echoed.get("hooks").cloned();
+        let hooks = Hooks::new(sent_hooks.clone());
+        if request.run_hook_payload.is_some() && hooks.timeout(Hook::Run).is_none() {
             let text = "The run hook must be enabled in the MicroVM image to pass the run hook payload.";
             return Err(ControlError::Invalid(text.to_owned()));
         }
@@ -343,6 +346,7 @@ impl Inner {
             egress_network_connectors: egress,
             run_hook_payload: request.run_hook_payload,
             logging: request.logging,
+            hooks: sent_hooks,
         };
         let new = NewMicrovm {
             scope: scope(caller),
@@ -395,6 +399,8 @@ impl Inner {
             number,
             vm: vm.clone(),
             logging: spec.logging,
+            hooks,
+            run_hook_payload: spec.run_hook_payload,
             generation: 1,
             suspended_at: None,
             suspended_by: None,
@@ -535,10 +541,6 @@ pub(crate) fn check_spec(caller: &Caller, spec: &ImageSpec) -> Result<(), Contro
         )));
     }
     Ok(())
-}
-
-fn has_run_hook(spec: &ImageSpec) -> bool {
-    spec.echoed.get("hooks").is_some_and(|hooks| hooks["microvmHooks"]["run"] == "ENABLED")
 }
 
 fn run_fingerprint(request: &RunMicrovm) -> String {

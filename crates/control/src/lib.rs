@@ -12,6 +12,7 @@ mod control_plane;
 mod cursor;
 mod data_plane;
 pub mod error;
+mod hooks;
 mod images;
 pub mod logs;
 mod managed;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{
     arn::{self, ImageArn},
     error::ControlError,
+    hooks::Hooks,
     microvm::Record,
     types::{Build, BuildSizes, Connector, ConnectorState, ConnectorVersion, IdlePolicy, Image, ImageSpec, ImageVersion, Microvm},
 };
@@ -42,6 +43,9 @@ pub(crate) struct MicrovmSpec {
     /// The union `logging` as it was sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logging: Option<serde_json::Value>,
+    /// Of the image's version: the structure as it was sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hooks: Option<serde_json::Value>,
 }
 
 /// A state in the service's words.
@@ -175,6 +179,8 @@ pub(crate) fn microvm(row: MicrovmRow) -> Result<Record, Unreadable> {
             id: row.id.clone(),
         },
         logging: spec.logging,
+        hooks: Hooks::new(spec.hooks),
+        run_hook_payload: spec.run_hook_payload,
         generation: u64::try_from(row.generation).unwrap_or(1),
         suspended_at: row.suspended_ms.map(time),
         suspended_by: row.suspended_by.map(|by| state("suspended_by", &row.id, &by)).transpose()?,

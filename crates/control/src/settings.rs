@@ -21,6 +21,8 @@ pub struct Settings {
     pub ready_timeout: Duration,
     /// Longest time that a request is held while its MicroVM wakes.
     pub wake_timeout: Duration,
+    /// Longest time that the app of a MicroVM that is terminated may take to end after its stop signal.
+    pub stop_grace: Duration,
     /// How long terminated MicroVMs stay in lists.
     pub terminated_retention: Duration,
     /// Longest time that [`crate::Control::shutdown`] spends on suspending MicroVMs.
@@ -59,6 +61,7 @@ impl Settings {
             boot_timeout: Duration::from_secs(180),
             ready_timeout: Duration::from_secs(300),
             wake_timeout: Duration::from_secs(60),
+            stop_grace: Duration::from_secs(2),
             terminated_retention: Duration::from_secs(24 * 3600),
             shutdown_timeout: Duration::from_secs(60),
             memory_reserve_mib: 256,

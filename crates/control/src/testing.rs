@@ -1,7 +1,7 @@
 //! Fakes of what the domain works with, and a world to put them in.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -13,10 +13,10 @@ use std::{
 
 use async_trait::async_trait;
 use hearth_build::{BuildError, BuildRequest, Built, ImageBuilder, ImageConfig};
-use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, LogRecord, LogSource};
+use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, HookCall, HookReply, LogRecord, LogSource};
 use hearth_machine::{
-    BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestServices, GuestStream, LaunchError, LaunchSource,
-    LaunchSpec, Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, SuspendOutcome, Suspended, Target,
+    BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
+    LaunchSource, LaunchSpec, Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, SuspendOutcome, Suspended, Target,
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS},
 };
 use hearth_objects::{FetchError, ObjectUri, Objects, PutError};
@@ -60,7 +60,37 @@ pub struct FakeEngine {
     pub egress: Mutex<Option<Egress>>,
     /// What the guest of the last boot or launch may ask.
     pub services: Mutex<Option<Arc<dyn GuestServices>>>,
+    /// How the next calls of hooks are answered, by the last part of their path; 200 when there is nothing.
+    pub answers: Mutex<HashMap<&'static str, VecDeque<HookAnswer>>>,
+    /// The hooks that were called.
+    pub calls: Mutex<Vec<HookCall>>,
+    /// What machines were told, in order: `launch`, hooks by their name, `capture`, `suspend`, `stop`, `kill`.
+    pub told: Mutex<Vec<String>>,
+    /// Apps end when they are sent their stop signal.
+    pub obeys_stop: AtomicBool,
     machines: Mutex<HashMap<String, Remote>>,
+}
+
+/// What becomes of a hook that is called.
+#[derive(Debug, Clone)]
+pub enum HookAnswer {
+    Reply(HookReply),
+    /// Nothing until its time is over.
+    Hang,
+    /// The app exits with this code and the connection breaks.
+    Exit(i32),
+    /// The machine dies.
+    Die,
+}
+
+impl HookAnswer {
+    pub fn status(status: u16) -> Self {
+        Self::Reply(HookReply::Status(status))
+    }
+
+    pub fn garbage() -> Self {
+        Self::Reply(HookReply::Invalid { reason: "not HTTP".to_owned() })
+    }
 }
 
 #[derive(Clone)]
@@ -88,6 +118,10 @@ impl FakeEngine {
             app: Mutex::default(),
             egress: Mutex::default(),
             services: Mutex::default(),
+            answers: Mutex::default(),
+            calls: Mutex::default(),
+            told: Mutex::default(),
+            obeys_stop: AtomicBool::new(true),
             machines: Mutex::default(),
         })
     }
@@ -98,6 +132,20 @@ impl FakeEngine {
 
     pub fn open_gate(&self) {
         self.gate.send_replace(true);
+    }
+
+    /// Says how the next call of a hook is answered, after those that were said before.
+    pub fn answer(&self, hook: &'static str, answer: HookAnswer) {
+        self.answers.lock().unwrap().entry(hook).or_default().push_back(answer);
+    }
+
+    /// What machines were told since this was asked last.
+    pub fn told(&self) -> Vec<String> {
+        std::mem::take(&mut self.told.lock().unwrap())
+    }
+
+    fn tell(&self, what: &str) {
+        self.told.lock().unwrap().push(what.to_owned());
     }
 
     async fn pass_gate(&self) {
@@ -150,6 +198,7 @@ impl Engine for EngineHandle {
 
     async fn launch(&self, spec: LaunchSpec) -> Result<Box<dyn Machine>, LaunchError> {
         let launch = self.0.launches.fetch_add(1, Ordering::SeqCst) + 1;
+        self.0.tell("launch");
         *self.0.egress.lock().unwrap() = Some(spec.egress);
         *self.0.services.lock().unwrap() = Some(spec.services);
         self.0.pass_gate().await;
@@ -206,14 +255,28 @@ impl Machine for FakeMachine {
     }
 
     fn dialer(&self) -> Arc<dyn Dial> {
-        Arc::new(FakeDial { id: self.id.clone(), alive: self.alive.subscribe() })
+        Arc::new(FakeDial { id: self.id.clone(), engine: Arc::clone(&self.engine), alive: self.alive.subscribe() })
     }
 
     fn take_events(&mut self) -> Option<mpsc::Receiver<MachineEvent>> {
         self.events.take().map(|(_, receiver)| receiver)
     }
 
+    async fn stop_app(&self) -> Result<(), GuestError> {
+        self.engine.tell("stop");
+        if self.engine.obeys_stop.load(Ordering::SeqCst) {
+            self.engine.say(&self.id, exited(0)).await;
+        }
+        Ok(())
+    }
+
+    async fn record_working_set(&self) -> io::Result<u64> {
+        self.engine.tell("record");
+        Ok(4096)
+    }
+
     async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError> {
+        self.engine.tell("capture");
         if self.engine.fail_capture.load(Ordering::SeqCst) {
             return Err(CaptureError::Monitor("no capture".to_owned()));
         }
@@ -223,6 +286,7 @@ impl Machine for FakeMachine {
 
     async fn suspend(self: Box<Self>, cancel: CancellationToken) -> Result<SuspendOutcome, SuspendError> {
         self.engine.suspends.fetch_add(1, Ordering::SeqCst);
+        self.engine.tell("suspend");
         let cancellable = self.engine.cancels.load(Ordering::SeqCst);
         tokio::select! {
             biased;
@@ -241,6 +305,7 @@ impl Machine for FakeMachine {
 
     async fn kill(self: Box<Self>) {
         self.engine.kills.fetch_add(1, Ordering::SeqCst);
+        self.engine.tell("kill");
     }
 }
 
@@ -267,6 +332,7 @@ fn write_snapshot(draft: &Path, into: &Path, memory_mib: u32) -> io::Result<Snap
 
 struct FakeDial {
     id: String,
+    engine: Arc<FakeEngine>,
     alive: watch::Receiver<bool>,
 }
 
@@ -283,6 +349,31 @@ impl Dial for FakeDial {
         let (near, mut far) = tokio::io::duplex(64);
         far.write_all(self.id.as_bytes()).await.unwrap();
         Ok(Box::new(near))
+    }
+
+    async fn call_hook(&self, call: HookCall) -> Result<HookReply, HookError> {
+        let name = call.path.rsplit('/').next().unwrap_or_default().to_owned();
+        let limit = Duration::from_millis(call.timeout_ms);
+        self.engine.tell(&name);
+        self.engine.calls.lock().unwrap().push(call);
+        let answer = self.engine.answers.lock().unwrap().get_mut(name.as_str()).and_then(VecDeque::pop_front);
+        match answer.unwrap_or(HookAnswer::status(200)) {
+            HookAnswer::Reply(reply) => Ok(reply),
+            HookAnswer::Hang => {
+                tokio::time::sleep(limit).await;
+                Ok(HookReply::TimedOut)
+            }
+            HookAnswer::Exit(code) => {
+                // The connection breaks before anybody has noticed why.
+                let (engine, id) = (Arc::clone(&self.engine), self.id.clone());
+                tokio::spawn(async move { engine.say(&id, exited(code)).await });
+                Ok(HookReply::Invalid { reason: "the connection closed".to_owned() })
+            }
+            HookAnswer::Die => {
+                self.engine.say(&self.id, MachineEvent::Died { reason: "killed by signal 9".to_owned() }).await;
+                Err(HookError::Gone("the session ended".to_owned()))
+            }
+        }
     }
 }
 

@@ -9,7 +9,7 @@
 use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, LogRecord, MetadataReply, MetadataRequest};
+use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, HookCall, HookReply, LogRecord, MetadataReply, MetadataRequest};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
@@ -46,12 +46,18 @@ pub trait Machine: Send + Sync {
     /// Starts the application. Once in the life of an image, before [`Machine::capture`].
     async fn start_app(&self, app: App) -> Result<(), GuestError>;
 
-    /// A handle that connects to ports of the guest, for as long as this machine runs.
+    /// A handle that connects to ports and calls hooks of the guest, for as long as this machine runs.
     fn dialer(&self) -> Arc<dyn Dial>;
 
     /// What happens in the machine, in order. Can be taken once; `None` after that. A reader that is slow to take log records slows their
     /// delivery down, never the guest: it drops and counts what does not fit.
     fn take_events(&mut self) -> Option<mpsc::Receiver<MachineEvent>>;
+
+    /// Sends the application its stop signal; [`MachineEvent::AppExited`] follows when it obeys. Returns when the signal is on its way.
+    async fn stop_app(&self) -> Result<(), GuestError>;
+
+    /// Notes which pages this clone has touched so far, beside its snapshot: later launches of that read them ahead. Returns their bytes.
+    async fn record_working_set(&self) -> io::Result<u64>;
 
     /// Stops the machine and makes it the snapshot in `into`, a directory that does not exist yet. The machine ends either way.
     async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError>;
@@ -100,6 +106,9 @@ pub trait Dial: Send + Sync {
     async fn dial(&self, port: u16) -> Result<Box<dyn GuestStream>, DialError> {
         self.open(&Target::Port(port)).await
     }
+
+    /// Has the guest call the application's hook server. Ends a little after the call's timeout at the latest, whatever the guest does.
+    async fn call_hook(&self, call: HookCall) -> Result<HookReply, HookError>;
 }
 
 /// What a guest may ask of its host. One for each machine, so that no guest can ask for another.
@@ -333,4 +342,12 @@ pub enum DialError {
         /// What the guest said.
         reason: String,
     },
+}
+
+/// A hook could not be called.
+#[derive(Debug, thiserror::Error)]
+pub enum HookError {
+    /// the machine is not there any more
+    #[error("the machine is gone: {0}")]
+    Gone(String),
 }

@@ -12,10 +12,11 @@ pub mod qemu;
 mod requests;
 mod session;
 pub mod snapshot;
+mod working_set;
 
 pub use engine::{
-    BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestServices, GuestStream, LaunchError, LaunchSource,
-    LaunchSpec, Machine, MachineEvent, NoServices, SuspendError, SuspendOutcome, Suspended, Target,
+    BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
+    LaunchSource, LaunchSpec, Machine, MachineEvent, NoServices, SuspendError, SuspendOutcome, Suspended, Target,
 };
 pub use network::Egress;
 pub use snapshot::{Platform, Snapshot, SnapshotError, SnapshotManifest};

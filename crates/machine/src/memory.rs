@@ -19,6 +19,8 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::working_set::WorkingSet;
+
 /// Size of a guest page, in bytes.
 pub const PAGE: u64 = 4096;
 
@@ -34,11 +36,14 @@ pub struct Extent {
 /// Name of anonymous files with an image's memory, as `/proc/PID/maps` shows it after `/memfd:`.
 pub const NAME: &CStr = c"hearth-image";
 
-/// Copies a memory file into an anonymous file that nobody can change any more. Holes stay holes.
-pub fn sealed_copy(path: &Path, size: u64) -> io::Result<File> {
+/// Copies a memory file into an anonymous file that nobody can change any more. Holes stay holes. What is known to be needed is read ahead.
+pub fn sealed_copy(path: &Path, size: u64, working_set: Option<&WorkingSet>) -> io::Result<File> {
     let mut copy = File::from(memfd_create(NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     copy.set_len(size)?;
     let mut memory = File::open(path)?;
+    if let Some(set) = working_set {
+        set.read_ahead(&memory);
+    }
     for (start, end) in data_ranges(&memory)? {
         memory.seek(SeekFrom::Start(start))?;
         copy.seek(SeekFrom::Start(start))?;
@@ -117,6 +122,16 @@ impl Mapping {
 
     /// Pages that the guest wrote since it was cloned.
     pub fn dirty(&self) -> io::Result<Vec<Extent>> {
+        self.pages(is_dirty)
+    }
+
+    /// Pages that the guest read or wrote since it was cloned, and neighbours that the host's kernel mapped along with them.
+    pub fn touched(&self) -> io::Result<Vec<Extent>> {
+        self.pages(is_touched)
+    }
+
+    /// Pages whose entry of pagemap(5) is such.
+    fn pages(&self, such: impl Fn(u64) -> bool) -> io::Result<Vec<Extent>> {
         let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
         let mut extents: Vec<Extent> = Vec::new();
         let mut entries = vec![0; 1 << 20];
@@ -126,7 +141,7 @@ impl Mapping {
             let batch_bytes = usize::try_from(batch * 8).expect("a batch is at most the buffer");
             pagemap.read_exact_at(&mut entries[..batch_bytes], (self.start / PAGE + page) * 8)?;
             for entry in entries[..batch_bytes].chunks_exact(8) {
-                if is_dirty(u64::from_ne_bytes(entry.try_into().expect("chunks of eight bytes"))) {
+                if such(u64::from_ne_bytes(entry.try_into().expect("chunks of eight bytes"))) {
                     match extents.last_mut() {
                         Some(last) if last.first + last.count == page => last.count += 1,
                         _ => extents.push(Extent { first: page, count: 1 }),
@@ -180,12 +195,19 @@ fn pieces(extents: &[Extent], limit: u64) -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
-/// Anonymous memory, present or swapped out: bits 63, 62 and 61 of an entry of pagemap(5).
+/// Bits of an entry of pagemap(5).
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const FILE_OR_SHARED: u64 = 1 << 61;
+
+/// Present or swapped out.
+fn is_touched(entry: u64) -> bool {
+    entry & (PRESENT | SWAPPED) != 0
+}
+
+/// The same, and anonymous memory.
 fn is_dirty(entry: u64) -> bool {
-    const PRESENT: u64 = 1 << 63;
-    const SWAPPED: u64 = 1 << 62;
-    const FILE_OR_SHARED: u64 = 1 << 61;
-    entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0
+    is_touched(entry) && entry & FILE_OR_SHARED == 0
 }
 
 /// Start of the mappings of `name` that follow one another and cover `bytes`.
@@ -241,7 +263,7 @@ mod tests {
         let file = File::create_new(&path).unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_all_at(b"guest", 1 << 19).unwrap();
-        let copy = sealed_copy(&path, 1 << 20).unwrap();
+        let copy = sealed_copy(&path, 1 << 20, None).unwrap();
         let mut text = [0; 5];
         copy.read_exact_at(&mut text, 1 << 19).unwrap();
         assert_eq!(&text, b"guest");
@@ -256,7 +278,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("hearth-memory-{}", uuid::Uuid::new_v4()));
         let file = File::create_new(&path).unwrap();
         file.write_all_at(&vec![1; 16 * 4096], 0).unwrap();
-        let copy = sealed_copy(&path, 16 * PAGE).unwrap();
+        let copy = sealed_copy(&path, 16 * PAGE, None).unwrap();
         fs::remove_file(&path).unwrap();
         let length = std::num::NonZero::new(16 * 4096).unwrap();
         let flags = (nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE, nix::sys::mman::MapFlags::MAP_PRIVATE);

@@ -9,8 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use hearth_guest_protocol::{
-    self as protocol, App, DialReply, GuestMessage, Hello, HostMessage, Marker, MarkerTrigger, MarkerWatch, Mux, Network, Ready, Stream,
-    StreamHeader, read_message, write_message,
+    self as protocol, App, DialReply, GuestMessage, Hello, HookCall, HookReply, HostMessage, Marker, MarkerTrigger, MarkerWatch, Mux,
+    Network, Ready, Stream, StreamHeader, read_message, write_message,
 };
 use tokio::{
     io::{AsyncWriteExt, ReadHalf, WriteHalf},
@@ -21,12 +21,14 @@ use tokio::{
 };
 
 use crate::{
-    engine::{Dial, DialError, GuestError, GuestServices, GuestStream, MachineEvent, Target},
+    engine::{Dial, DialError, GuestError, GuestServices, GuestStream, HookError, MachineEvent, Target},
     requests,
 };
 
 /// How long a guest may take to let go of a session, or to start a process, or to answer a connection.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How much longer than a hook may take the guest may take to say that it took too long.
+const HOOK_MARGIN: Duration = Duration::from_secs(2);
 
 /// Who the guest is in this life.
 #[derive(Debug)]
@@ -139,6 +141,12 @@ impl Session {
         answer.clone().expect("waited until it is there").map_err(GuestError::App)
     }
 
+    /// Sends the application its stop signal.
+    pub async fn stop(&self) -> Result<(), GuestError> {
+        let write = async { write_message(&mut *self.control.lock().await, &HostMessage::Stop).await.map_err(broken) };
+        timeout(ANSWER, write).await.map_err(|_| GuestError::Timeout { what: "take the order to stop", timeout: ANSWER })?
+    }
+
     /// Connects to ports of the guest.
     pub fn dialer(&self) -> Arc<dyn Dial> {
         self.dialer.clone()
@@ -186,6 +194,17 @@ impl Dial for SessionDialer {
             (_, DialReply::Refused) => Err(DialError::Refused(target.clone())),
             (_, DialReply::Failed { reason }) => Err(failed(reason)),
         }
+    }
+
+    async fn call_hook(&self, call: HookCall) -> Result<HookReply, HookError> {
+        let gone = |error: &dyn std::fmt::Display| HookError::Gone(error.to_string());
+        let limit = Duration::from_millis(call.timeout_ms) + HOOK_MARGIN;
+        let exchange = async {
+            let mut stream = self.mux.open().await.map_err(|error| gone(&error))?;
+            write_message(&mut stream, &StreamHeader::Hook(call)).await.map_err(|error| gone(&error))?;
+            read_message(&mut stream).await.map_err(|error| gone(&error))
+        };
+        timeout(limit, exchange).await.unwrap_or(Ok(HookReply::TimedOut))
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_machine::{Dial, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, SnapshotError, SuspendOutcome};
+use hearth_machine::{Dial, LaunchSource, MachineEvent};
 use hearth_store::StoreError;
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -17,15 +17,14 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use crate::{
     logs::{LogGroup, LogLine, LogOrigin, LogWriter, Route, stream_name},
     plane::Activity,
-    pump::Pump,
     records,
-    recovery::holds_suspended_state,
     services::Services,
     types::MicrovmState,
 };
 
 use super::{
     CallError, Record, Request, Shared, SuspendedBy, Suspender, View, Wish,
+    operation::{LaunchFailure, Operation, Outcome, Running},
     policy::{self, Decision, Done, Message, Next, Situation},
     reason, ship, wakes,
 };
@@ -37,30 +36,6 @@ pub struct Channels {
     pub suspender: Suspender,
     pub wake: Arc<Notify>,
     pub activity: Arc<Activity>,
-}
-
-/// A machine that runs.
-struct Running {
-    machine: Box<dyn Machine>,
-    dialer: Arc<dyn Dial>,
-    pump: Pump,
-}
-
-/// What an operation leaves.
-enum Outcome {
-    Launched(Result<Box<dyn Machine>, LaunchFailure>),
-    /// With the machine, if it runs on; or with the state reason.
-    Suspended(Result<Option<Box<dyn Machine>>, String>),
-    Cleared,
-    /// A bug: the operation panicked.
-    Broken,
-}
-
-/// Why there is no machine.
-struct LaunchFailure {
-    reason: String,
-    /// What the last suspend left is still there.
-    keeps_state: bool,
 }
 
 pub struct Driver {
@@ -76,6 +51,8 @@ pub struct Driver {
     operation: Option<AbortOnDropHandle<Outcome>>,
     /// Cancels the suspend that is the present operation.
     cancel_suspend: CancellationToken,
+    /// Tells the operation that the MicroVM ends whatever a hook says.
+    hurry: CancellationToken,
     next: Option<Next>,
     stopping: bool,
     lifetime_end: Instant,
@@ -108,6 +85,7 @@ impl Driver {
             running: None,
             operation: None,
             cancel_suspend: CancellationToken::new(),
+            hurry: CancellationToken::new(),
             next: None,
             stopping: false,
             lifetime_end,
@@ -115,7 +93,7 @@ impl Driver {
             failed_resumes: 0,
         };
         if driver.record.vm.state == MicrovmState::Pending {
-            driver.operation = Some(driver.launch(LaunchSource::Snapshot));
+            driver.launch(LaunchSource::Snapshot);
         }
         driver.suspended_end = driver.suspended_end();
         driver
@@ -199,9 +177,14 @@ impl Driver {
                 self.return_to_suspended(reason).await;
                 Ok(())
             }
-            Decision::End(reason) => self.end(reason).await,
+            Decision::Stop(reason) => self.end(reason, true).await,
+            Decision::End(reason) => self.end(reason, false).await,
+            Decision::Hurry => {
+                self.hurry.cancel();
+                Ok(())
+            }
             Decision::Clear => {
-                self.operation = Some(self.clear());
+                self.clear(false);
                 Ok(())
             }
             Decision::EnterTerminated => {
@@ -213,15 +196,15 @@ impl Driver {
 
     async fn done(&mut self, outcome: Outcome) {
         let done = match outcome {
-            Outcome::Launched(Ok(machine)) => {
-                self.attach(machine);
+            Outcome::Launched(Ok(running)) => {
+                self.running = Some(running);
                 Done::Launched
             }
             Outcome::Launched(Err(LaunchFailure { reason, keeps_state: true })) => Done::ResumeFailed(reason),
             Outcome::Launched(Err(LaunchFailure { reason, keeps_state: false })) => Done::LaunchFailed(reason),
             Outcome::Suspended(Ok(None)) => Done::Suspended,
-            Outcome::Suspended(Ok(Some(machine))) => {
-                self.attach(machine);
+            Outcome::Suspended(Ok(Some(running))) => {
+                self.running = Some(running);
                 Done::SuspendCancelled
             }
             Outcome::Suspended(Err(reason)) => Done::SuspendFailed(reason),
@@ -294,38 +277,21 @@ impl Driver {
         Some(in_future(since, Duration::from_secs(seconds.into())))
     }
 
-    fn launch(&self, source: LaunchSource) -> AbortOnDropHandle<Outcome> {
-        let shared = Arc::clone(&self.shared);
-        let (id, dir, generation) = (self.record.vm.id.clone(), self.dir.clone(), self.record.generation);
-        let (image_id, number) = (self.record.image_id.clone(), self.record.number);
-        let (account, region) = (self.record.account.clone(), self.record.region.clone());
-        let connectors = self.record.vm.egress_network_connectors.clone();
-        let services = Arc::clone(&self.services);
-        begin(async move {
-            // What a connector means may have changed since the last launch.
-            let egress = match shared.policies.resolve(&account, &region, &connectors).await {
-                Ok(egress) => egress,
-                Err(error) => {
-                    tracing::error!(id, generation, %error, "a MicroVM's egress connector means nothing");
-                    let keeps_state = source == LaunchSource::Suspended && holds_suspended_state(&dir).await;
-                    return Outcome::Launched(Err(LaunchFailure { reason: reason::NO_CONNECTOR.to_owned(), keeps_state }));
-                }
-            };
-            let launched = async {
-                let snapshot = shared.snapshots.get(&image_id, number).await?;
-                let dir = dir.clone();
-                shared.engine.launch(LaunchSpec { id: id.clone(), dir, snapshot, source, egress, services, generation }).await
-            };
-            let error = match launched.await {
-                Ok(machine) => return Outcome::Launched(Ok(machine)),
-                Err(error) => error,
-            };
-            tracing::error!(id, generation, %error, "a MicroVM could not be launched");
-            // A host that cannot resume it now may do so later; a state that is damaged stays so.
-            let for_good = matches!(&error, LaunchError::Snapshot(error) if !matches!(error, SnapshotError::Platform { .. }));
-            let keeps_state = source == LaunchSource::Suspended && !for_good && holds_suspended_state(&dir).await;
-            Outcome::Launched(Err(LaunchFailure { reason: reason::launch_failed(&error), keeps_state }))
-        })
+    fn launch(&mut self, source: LaunchSource) {
+        self.operation = Some(self.operation().begin(|operation| operation.launch(source)));
+    }
+
+    /// A new operation.
+    fn operation(&mut self) -> Operation {
+        self.hurry = CancellationToken::new();
+        Operation {
+            shared: Arc::clone(&self.shared),
+            record: self.record.clone(),
+            dir: self.dir.clone(),
+            log: self.log.clone(),
+            services: Arc::clone(&self.services),
+            hurry: self.hurry.clone(),
+        }
     }
 
     async fn resume(&mut self) -> Result<(), CallError> {
@@ -337,14 +303,8 @@ impl Driver {
         self.record = record;
         self.suspended_end = None;
         self.publish(None);
-        self.operation = Some(self.launch(LaunchSource::Suspended));
+        self.launch(LaunchSource::Suspended);
         Ok(())
-    }
-
-    /// Takes over a machine that the engine launched.
-    fn attach(&mut self, mut machine: Box<dyn Machine>) {
-        let pump = Pump::start(machine.take_events(), self.log.clone());
-        self.running = Some(Running { dialer: machine.dialer(), machine, pump });
     }
 
     async fn enter_running(&mut self) {
@@ -373,27 +333,12 @@ impl Driver {
         }
         self.record = record;
         self.publish(None);
-        let Some(Running { machine, pump, .. }) = self.running.take() else {
-            return self.end(reason::died("the server lost track of it")).await;
+        let Some(running) = self.running.take() else {
+            return self.end(reason::died("the server lost track of it"), false).await;
         };
-        let id = self.record.vm.id.clone();
         self.cancel_suspend = CancellationToken::new();
         let cancel = self.cancel_suspend.clone();
-        self.operation = Some(begin(async move {
-            let suspended = machine.suspend(cancel).await;
-            pump.last_words().await;
-            Outcome::Suspended(match suspended {
-                Ok(SuspendOutcome::Suspended(written)) => {
-                    tracing::debug!(id, dirty_bytes = written.dirty_bytes, device_state_bytes = written.device_state_bytes, "suspended");
-                    Ok(None)
-                }
-                Ok(SuspendOutcome::Cancelled(machine)) => Ok(Some(machine)),
-                Err(error) => {
-                    tracing::error!(id, %error, "a MicroVM could not be suspended");
-                    Err(reason::suspend_failed(&error))
-                }
-            })
-        }));
+        self.operation = Some(self.operation().begin(|operation| operation.suspend(running, by, cancel)));
         Ok(())
     }
 
@@ -421,8 +366,9 @@ impl Driver {
         self.publish(None);
     }
 
-    /// Begins the end. It goes on even if it cannot be recorded: a full disk is no reason to keep what fills it.
-    async fn end(&mut self, reason: String) -> Result<(), CallError> {
+    /// Begins the end, which an app that runs may be asked to prepare for. It goes on even if it cannot be recorded: a full disk is no reason
+    /// to keep what fills it.
+    async fn end(&mut self, reason: String, ask_app: bool) -> Result<(), CallError> {
         self.log.offer(LogLine::now(LogOrigin::System, format!("MicroVM terminates: {reason}")));
         self.record.vm.state = MicrovmState::Terminating;
         self.record.vm.state_reason = Some(reason);
@@ -430,26 +376,16 @@ impl Driver {
         let saved = save(&self.shared, &self.record).await;
         self.publish(None);
         if self.operation.is_none() {
-            self.operation = Some(self.clear());
+            self.clear(ask_app);
+        } else {
+            self.hurry.cancel();
         }
         Ok(saved?)
     }
 
-    fn clear(&mut self) -> AbortOnDropHandle<Outcome> {
-        let (running, dir) = (self.running.take(), self.dir.clone());
-        begin(async move {
-            if let Some(Running { machine, pump, .. }) = running {
-                machine.kill().await;
-                pump.last_words().await;
-            }
-            match tokio::fs::remove_dir_all(&dir).await {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    tracing::warn!(dir = %dir.display(), %error, "files of a terminated MicroVM are left until the next start");
-                }
-                _ => {}
-            }
-            Outcome::Cleared
-        })
+    fn clear(&mut self, ask_app: bool) {
+        let running = self.running.take();
+        self.operation = Some(self.operation().begin(|operation| operation.clear(running, ask_app)));
     }
 
     async fn enter_terminated(&mut self) {
@@ -482,10 +418,6 @@ impl Driver {
             tracing::error!(id = self.record.vm.id, state = ?self.record.vm.state, %error, "a MicroVM's state could not be recorded");
         }
     }
-}
-
-fn begin(operation: impl Future<Output = Outcome> + Send + 'static) -> AbortOnDropHandle<Outcome> {
-    AbortOnDropHandle::new(tokio::spawn(operation))
 }
 
 /// What the machine says next; never, if there is none or it has said everything. Cancel safe.

@@ -4,30 +4,38 @@
 //!                    ┌──────────────────── resume, wake ─────────────────────────┐
 //!                    ▼                                                           │
 //!   run ─────▶ PENDING ──launched──▶ RUNNING ──suspend, idle──▶ SUSPENDING ──▶ SUSPENDED
-//!                 │                   ▲   │                      │   │           │
+//!         /run or /resume             ▲   │                     /suspend │           │
 //!                 │                   └───┼─resume, wake in time─┘   │           │
 //!                 └───────────────────────┴───────────┬──────────────┴───────────┘
-//!                    terminate, lifetime over, suspended too long, app exited, machine died, launch or suspend failed
+//!           terminate, lifetime over, suspended too long, app exited, machine died, hook, launch or suspend failed
 //!                                                     ▼
-//!                                                TERMINATING ──machine gone, files deleted──▶ TERMINATED
+//!                             TERMINATING ──/terminate, machine gone, files deleted──▶ TERMINATED
 //! ```
 //!
-//! - **PENDING**: the engine launches the machine, from the image's snapshot or from what the last suspend left. A suspend that is asked for
-//!   meanwhile is remembered and follows at once. A terminate waits for the engine's answer, then kills.
+//! - **PENDING**: the engine launches the machine, from the image's snapshot or from what the last suspend left; then the app's `/run` hook is
+//!   called, or `/resume`. A suspend that is asked for meanwhile is remembered and follows at once. A terminate waits for the engine's answer,
+//!   not for the hook's, then kills.
 //! - **RUNNING**: the endpoint has a dialer. Idle means that no byte crossed the endpoint for `maxIdleDurationSeconds`; the timer is armed for
 //!   the last byte's time plus that, and looks again when it fires. The dialer is taken back before a suspend is recorded, and activity is
 //!   looked at once more after that, so that a request either finds a dialer or is held: none is cut by the idle timer's decision.
-//! - **SUSPENDING**: the engine writes the machine's state and ends its process. A wake or resume cancels that while the process can still go
-//!   on, which is faster than to start another; after that point it is remembered and follows at once.
+//! - **SUSPENDING**: the `/suspend` hook is called, then the engine writes the machine's state and ends its process. A wake or resume cancels
+//!   that while the process can still go on, which is faster than to start another: an app that was told `/suspend` is told `/resume`, then.
+//!   After that point it is remembered and follows at once. A terminate does not wait for the hook.
 //! - **SUSPENDED**: no process, no memory. Ends after `suspendedDurationSeconds`, unless that is 0 (then idle terminates, and only an explicit
 //!   suspend comes here) or the host's shutdown suspended it, which is not the user's doing: such a MicroVM wakes whatever its policy says.
 //!   A resume that fails before the machine has run leads back here: nothing is lost, and whoever waited is told.
-//! - **TERMINATING**, **TERMINATED**: the machine is killed, its files are deleted, its record stays for a while.
+//! - **TERMINATING**, **TERMINATED**: an app that was RUNNING and is ended by a call or a timer has its `/terminate` hook called, is sent its
+//!   stop signal, and has a moment to follow it. The machine is killed, its files are deleted, its record stays for a while.
+//!
+//! A hook is part of the operation it belongs to and runs in that operation's task ([`operation`]). One that does not answer 200 in its time
+//! ends the MicroVM, with two exceptions: `/terminate`, and `/suspend` when the host stops, where the MicroVM's memory is worth more than the
+//! app's consent. The end of the app or of the machine during a hook ends the MicroVM at once.
 //!
 //! `maximumDurationInSeconds` is wall time since the start and ends every state. [`policy`] decides, [`driver`] acts: it writes a transition
 //! to the store, publishes it to [`Handle`]s, and only then answers whoever asked for it.
 
 mod driver;
+mod operation;
 mod policy;
 mod reason;
 mod ship;
@@ -51,6 +59,7 @@ use crate::{
     arn::{allows_http, check_shell},
     connectors::Policies,
     error::ControlError,
+    hooks::Hooks,
     images::Snapshots,
     logs::LogStore,
     plane::{Activity, ConnectError},
@@ -72,6 +81,8 @@ pub(crate) struct Shared {
     pub guests: GuestSettings,
     /// Parent of the MicroVMs' directories.
     pub dir: PathBuf,
+    /// How long an app may take to end after its stop signal.
+    pub stop_grace: Duration,
     /// Told about each termination.
     pub terminated: Notify,
     /// Counts what observers could see change.
@@ -92,6 +103,9 @@ pub(crate) struct Record {
     pub vm: Microvm,
     /// The union `logging` as it was sent; the image's own does not apply (SPEC 7).
     pub logging: Option<serde_json::Value>,
+    /// Of the image's version, which may be gone.
+    pub hooks: Hooks,
+    pub run_hook_payload: Option<String>,
     /// Counts launches and resumes, from 1.
     pub generation: u64,
     pub suspended_at: Option<SystemTime>,

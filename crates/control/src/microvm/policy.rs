@@ -83,8 +83,12 @@ pub enum Decision {
     EnterSuspended,
     /// `PENDING` ─▶ `SUSPENDED`, as before the resume, with this state reason.
     ReturnToSuspended(String),
-    /// ─▶ `TERMINATING` with this state reason, and clear away as soon as nothing else is going on.
+    /// `RUNNING` ─▶ `TERMINATING` with this state reason: ask the app to end, then clear away.
+    Stop(String),
+    /// ─▶ `TERMINATING` with this state reason, and clear away as soon as nothing else is going on. Hooks that are being called do not count.
     End(String),
+    /// Wait for no app any more.
+    Hurry,
     /// Kill the machine if there is one, and delete the files.
     Clear,
     /// `TERMINATING` ─▶ `TERMINATED`.
@@ -97,6 +101,8 @@ pub fn decide(now: Situation, message: Message) -> Decision {
     match (now.state, message) {
         (Terminating | Terminated, message) => when_ending(now.state, &message),
 
+        (Running, Message::Call(Call::Terminate)) => Decision::Stop(reason::TERMINATE_CALL.to_owned()),
+        (Running, Message::LifetimeOver) => Decision::Stop(reason::LIFETIME_OVER.to_owned()),
         (_, Message::Call(Call::Terminate)) => Decision::End(reason::TERMINATE_CALL.to_owned()),
         (_, Message::LifetimeOver) => Decision::End(reason::LIFETIME_OVER.to_owned()),
 
@@ -109,7 +115,7 @@ pub fn decide(now: Situation, message: Message) -> Decision {
 
         (Running, Message::Call(Call::Suspend)) => Decision::Suspend(SuspendedBy::Call),
         (Running, Message::Idle) if now.sleeps => Decision::Suspend(SuspendedBy::Idle),
-        (Running, Message::Idle) => Decision::End(reason::IDLE.to_owned()),
+        (Running, Message::Idle) => Decision::Stop(reason::IDLE.to_owned()),
         (Running, Message::HostShutdown) => Decision::Suspend(SuspendedBy::Host),
         (Running, Message::AppExited(code)) => Decision::End(reason::app_exited(code)),
         (Running, Message::Died(what)) => Decision::End(reason::died(&what)),
@@ -135,6 +141,7 @@ pub fn decide(now: Situation, message: Message) -> Decision {
 fn when_ending(state: MicrovmState, message: &Message) -> Decision {
     match message {
         Message::Call(Call::Suspend | Call::Resume) => Decision::Refuse,
+        Message::HostShutdown => Decision::Hurry,
         Message::Done(Done::Cleared) if state == MicrovmState::Terminating => Decision::EnterTerminated,
         Message::Done(_) if state == MicrovmState::Terminating => Decision::Clear,
         _ => Decision::Nothing,
@@ -188,7 +195,9 @@ mod tests {
             Decision::Suspend(_) => "suspend",
             Decision::EnterSuspended => "SUSPENDED",
             Decision::ReturnToSuspended(_) => "back",
+            Decision::Stop(_) => "stop",
             Decision::End(_) => "end",
+            Decision::Hurry => "hurry",
             Decision::Clear => "clear",
             Decision::EnterTerminated => "TERMINATED",
         }
@@ -201,14 +210,14 @@ mod tests {
             //                  PENDING         RUNNING    SUSPENDING     SUSPENDED    TERMINATING   TERMINATED
             ("suspend",        ["then suspend", "suspend", "then suspend", "-",        "refuse",     "refuse"]),
             ("resume",         ["forget",       "-",       "cancel",      "resume",    "refuse",     "refuse"]),
-            ("terminate",      ["end",          "end",     "end",         "end",       "-",          "-"]),
+            ("terminate",      ["end",          "stop",    "end",         "end",       "-",          "-"]),
             ("wake",           ["-",            "-",       "cancel",      "resume",    "-",          "-"]),
             ("idle",           ["-",            "suspend", "-",           "-",         "-",          "-"]),
             ("too long",       ["-",            "-",       "-",           "end",       "-",          "-"]),
-            ("lifetime",       ["end",          "end",     "end",         "end",       "-",          "-"]),
+            ("lifetime",       ["end",          "stop",    "end",         "end",       "-",          "-"]),
             ("exited",         ["-",            "end",     "-",           "-",         "-",          "-"]),
             ("died",           ["-",            "end",     "-",           "-",         "-",          "-"]),
-            ("host",           ["then suspend", "suspend", "then suspend", "-",        "-",          "-"]),
+            ("host",           ["then suspend", "suspend", "then suspend", "-",        "hurry",      "hurry"]),
             ("launched",       ["RUNNING",      "-",       "-",           "-",         "clear",      "-"]),
             ("launch failed",  ["end",          "-",       "-",           "-",         "clear",      "-"]),
             ("resume failed",  ["back",         "-",       "-",           "-",         "clear",      "-"]),
@@ -247,18 +256,19 @@ mod tests {
     #[test]
     fn without_a_suspended_duration_idle_terminates() {
         let now = Situation { sleeps: false, ..situation(Running) };
-        assert_eq!(decide(now, Message::Idle), Decision::End("MicroVM exceeded maximum idle duration.".to_owned()));
+        assert_eq!(decide(now, Message::Idle), Decision::Stop("MicroVM exceeded maximum idle duration.".to_owned()));
         assert_eq!(decide(now, Message::Call(Call::Suspend)), Decision::Suspend(SuspendedBy::Call), "a call suspends all the same");
     }
 
     #[test]
     fn the_reasons_are_the_service_s() {
-        for (message, reason) in [
-            (Message::Call(Call::Terminate), "Success."),
-            (Message::LifetimeOver, "MicroVM exceeded maximum lifetime."),
-            (Message::AppExited(137), "Container Stopped with Exit Code: 137"),
-        ] {
-            assert_eq!(decide(situation(Running), message), Decision::End(reason.to_owned()));
+        for (message, reason) in
+            [(Message::Call(Call::Terminate), "Success."), (Message::LifetimeOver, "MicroVM exceeded maximum lifetime.")]
+        {
+            assert_eq!(decide(situation(Running), message.clone()), Decision::Stop(reason.to_owned()));
+            assert_eq!(decide(situation(Suspended), message), Decision::End(reason.to_owned()), "there is no app to ask");
         }
+        let exited = Message::AppExited(137);
+        assert_eq!(decide(situation(Running), exited), Decision::End("Container Stopped with Exit Code: 137".to_owned()));
     }
 }

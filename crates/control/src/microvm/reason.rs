@@ -1,6 +1,11 @@
 //! State reasons of MicroVMs: the service's own where they are known (SPEC 2.1). They reach callers, so they tell no paths of the host.
 
+use std::time::Duration;
+
+use hearth_guest_protocol::HookReply;
 use hearth_machine::{LaunchError, SnapshotError, SuspendError};
+
+use crate::hooks::{Hook, iso_8601};
 
 pub const TERMINATE_CALL: &str = "Success.";
 pub const LIFETIME_OVER: &str = "MicroVM exceeded maximum lifetime.";
@@ -11,6 +16,20 @@ pub const NO_CONNECTOR: &str = "The MicroVM could not be launched: its egress ne
 pub const HOST_STOPPED: &str = "The host stopped while the MicroVM was running.";
 
 pub const BROKEN: &str = "The server failed to launch or suspend the MicroVM: its log says why.";
+
+/// For the log alone: the reason that counts was there before.
+pub const HURRIED: &str = "The MicroVM ended while a hook was called.";
+
+/// A runtime hook that did not answer 200. The service's text for a status is known; the others are like it.
+pub fn hook_failed(hook: Hook, reply: &HookReply, port: u16, limit: Duration) -> String {
+    let what = match reply {
+        HookReply::Status(status) => format!("returned HTTP status {status}"),
+        HookReply::TimedOut => format!("timed out after {}", iso_8601(limit)),
+        HookReply::Refused => format!("could not be called: nothing listens on port {port}"),
+        HookReply::Invalid { .. } => "returned no valid HTTP response".to_owned(),
+    };
+    format!("{} lifecycle hook {what}. Please check your hook endpoint and application logs for more details.", hook.title())
+}
 
 pub fn app_exited(code: i32) -> String {
     format!("Container Stopped with Exit Code: {code}")

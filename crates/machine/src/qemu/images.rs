@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, OnceCell};
 use crate::{
     memory,
     snapshot::{MEMORY, Snapshot},
+    working_set::WorkingSet,
 };
 
 /// How many images keep their memory when no machine uses them. A sealed copy cannot be reclaimed, so the number is small.
@@ -31,11 +32,11 @@ impl Images {
     /// The sealed copy of a snapshot's memory, made if it is not there.
     pub async fn get(&self, snapshot: &Snapshot) -> io::Result<Arc<File>> {
         let entry = self.entry(&snapshot.dir).await;
-        let path = snapshot.file(MEMORY);
+        let (dir, path) = (snapshot.dir.clone(), snapshot.file(MEMORY));
         let size = u64::from(snapshot.manifest.memory_mib) << 20;
         let fill = || async move {
-            let copy = tokio::task::spawn_blocking(move || memory::sealed_copy(&path, size)).await.map_err(io::Error::other)??;
-            Ok(Arc::new(copy))
+            let copy = move || memory::sealed_copy(&path, size, WorkingSet::open(&dir).as_ref());
+            Ok(Arc::new(tokio::task::spawn_blocking(copy).await.map_err(io::Error::other)??))
         };
         entry.get_or_try_init(fill).await.cloned()
     }

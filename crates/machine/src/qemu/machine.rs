@@ -26,6 +26,7 @@ use crate::{
     network::Slot,
     session::Session,
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS, Snapshot, SnapshotError, SnapshotManifest},
+    working_set::WorkingSet,
 };
 
 /// How long QEMU may take to end after it was told to. It has only to close its files.
@@ -51,8 +52,8 @@ pub struct Parts {
 pub enum Origin {
     /// It was booted: its memory is this file's.
     Boot { memory: File, rootfs: PathBuf, vcpus: u8, memory_mib: u32 },
-    /// It is a clone: it maps this many bytes of its image privately.
-    Clone { _image: Arc<File>, mapped: u64 },
+    /// It is a clone: it maps this many bytes of its snapshot's memory privately.
+    Clone { snapshot: Arc<Snapshot>, _image: Arc<File>, mapped: u64 },
 }
 
 /// A running machine.
@@ -114,6 +115,19 @@ impl Machine for QemuMachine {
 
     fn take_events(&mut self) -> Option<mpsc::Receiver<MachineEvent>> {
         self.events.take()
+    }
+
+    async fn stop_app(&self) -> Result<(), GuestError> {
+        self.session.stop().await
+    }
+
+    async fn record_working_set(&self) -> io::Result<u64> {
+        let Origin::Clone { snapshot, mapped, .. } = &self.parts.origin else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "only a clone of a snapshot has a working set"));
+        };
+        let (pid, mapped, dir) = (self.parts.process.pid, *mapped, snapshot.dir.clone());
+        let record = move || WorkingSet::record(&dir, &Mapping::of(pid, mapped)?);
+        tokio::task::spawn_blocking(record).await.map_err(io::Error::other)?
     }
 
     async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError> {

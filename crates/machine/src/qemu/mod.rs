@@ -398,7 +398,7 @@ impl Engine for Qemu {
             channel,
             slot: started.slot,
             state_path: started.state_path,
-            origin: Origin::Clone { _image: image, mapped },
+            origin: Origin::Clone { snapshot: spec.snapshot, _image: image, mapped },
             generation: spec.generation,
             services: spec.services,
             engine: self.shared.clone(),
