@@ -7,7 +7,9 @@
 //! host                                   guest
 //!  │── marker ─────────────────────────────▶│  raw bytes; the guest discards everything before them
 //!  │── StreamHeader::Control ──────────────▶│  session begins: after boot, after every launch and resume
-//!  │── HostMessage::Hello ─────────────────▶│  clock, entropy, network put right
+//!  │── HostMessage::Hello ─────────────────▶│  entropy, network put right
+//!  │◀─────────────── GuestMessage::AskTime ─│
+//!  │── HostMessage::Time ──────────────────▶│  clock put right, by the time that question and answer took; app thawed
 //!  │◀───────────────── GuestMessage::Ready ─│
 //!  │── HostMessage::Start ─────────────────▶│  once, at image build
 //!  │◀─────────────── GuestMessage::Started ─│

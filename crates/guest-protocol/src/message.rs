@@ -59,8 +59,14 @@ pub enum HostMessage {
     Detach {
         /// Random bytes, new for each `Detach`.
         marker: Marker,
-        /// Give back the memory that nobody needs first: a snapshot is to be taken that every clone will carry.
-        trim: bool,
+        /// A snapshot is to be taken that every clone will carry: first drop caches, and fill with zeros the memory that nobody uses any more.
+        /// The number is the bytes of memory that the machine has ever touched; what was never touched is zero already.
+        trim: Option<u64>,
+    },
+    /// Answer to [`GuestMessage::AskTime`].
+    Time {
+        /// Host's wall clock, nanoseconds since the Unix epoch, read just before sending.
+        wall_clock_ns: u64,
     },
     /// Send the app its stop signal. [`GuestMessage::Exited`] follows when it obeys.
     Stop,
@@ -69,6 +75,9 @@ pub enum HostMessage {
 /// What the guest says on the control stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum GuestMessage {
+    /// What time is it? Between `Hello` and [`GuestMessage::Ready`]; the guest knows how long the answer took, and asks again if that was
+    /// too long.
+    AskTime,
     /// The guest has taken over what `Hello` said.
     Ready(Ready),
     /// The application's main process runs.
@@ -108,8 +117,6 @@ pub struct Hello {
     pub vm_id: String,
     /// Counts launches and resumes of this MicroVM; another number means that time has passed elsewhere.
     pub generation: u64,
-    /// Host's wall clock, nanoseconds since the Unix epoch, read just before sending.
-    pub wall_clock_ns: u64,
     /// Fresh random bytes for the kernel's generator, at least 32.
     pub entropy: Vec<u8>,
     /// The guest's network, if it has a network device.

@@ -13,12 +13,14 @@ mod boot;
 mod cgroup;
 mod connections;
 mod dial;
+mod freezer;
 mod identity;
 mod listen;
 mod logs;
 mod network;
 mod port;
 mod session;
+mod trim;
 mod uevent;
 
 use std::{convert::Infallible, process::ExitCode};

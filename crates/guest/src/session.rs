@@ -1,6 +1,12 @@
 //! Sessions with the host, one after another, for ever. Whatever goes wrong in one ends that session and nothing else.
 
-use std::{convert::Infallible, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use hearth_guest_protocol::{
@@ -18,18 +24,24 @@ use tokio::{
 use crate::{
     app::{Application, StartError},
     boot::{Machine, ROOTFS},
-    connections, dial,
+    cgroup, connections, dial,
+    freezer::Freezer,
     identity::{self, Names},
     listen::Watch,
     logs::Logs,
     network,
     port::Port,
+    trim,
 };
 
 /// A port that fails is tried again after this: nothing announces that the kernel has changed its mind.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// How long log lines may hold up other news: the end of the application, the end of the session.
 const LOGS_DEADLINE: Duration = Duration::from_millis(100);
+/// An answer to the question for the time that comes within this is good: the clock is right to half of it.
+const GOOD_ANSWER: Duration = Duration::from_millis(20);
+/// How often to ask before the best answer has to do. A host that is so busy answers nothing else in time either.
+const TIME_QUESTIONS: usize = 5;
 /// How long the host may take to read the marker that answers `Detach`.
 const MARKER_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -42,6 +54,8 @@ enum SessionError {
     NotControl(StreamHeader),
     #[error("the first message is {0:?}, not Hello")]
     NotHello(HostMessage),
+    #[error("the host said {0:?} when asked for the time")]
+    NotTime(HostMessage),
     #[error("the host speaks protocol {host}, this guest {VERSION}: the image must be built again")]
     Protocol { host: u32 },
     #[error("the host did not read the answer to Detach in time")]
@@ -50,12 +64,21 @@ enum SessionError {
     Wire(#[from] WireError),
 }
 
+/// How the host ended a session.
+struct Farewell {
+    /// To be answered; it begins the next session.
+    marker: Marker,
+    /// See [`HostMessage::Detach`].
+    trim: Option<u64>,
+}
+
 /// What outlives a session.
 struct Guest {
     kernel: String,
     application: Arc<Application>,
     logs: Logs,
     names: Names,
+    freezer: Freezer,
     /// The MicroVM's id and generation, as the last session's host said.
     life: Option<(String, u64)>,
 }
@@ -68,7 +91,14 @@ pub async fn serve(machine: &Machine) -> anyhow::Result<Infallible> {
         let application = Arc::clone(&application);
         async move { application.reap().await }
     });
-    let mut guest = Guest { kernel: machine.kernel.clone(), application, logs, names: Names::new(Path::new(ROOTFS)), life: None };
+    let mut guest = Guest {
+        kernel: machine.kernel.clone(),
+        application,
+        logs,
+        names: Names::new(Path::new(ROOTFS)),
+        freezer: Freezer::new(Path::new(cgroup::APP)),
+        life: None,
+    };
     let port = Port::open(&machine.port).with_context(|| format!("opening {}", machine.port.display()))?;
     // Begins the next session; stays the same when a session breaks off.
     let mut marker = BOOT_MARKER;
@@ -100,13 +130,19 @@ impl Guest {
         tasks.shutdown().await;
         driver.task.abort();
         let _ = (&mut driver.task).await;
-        *marker = result?;
-        timeout(MARKER_DEADLINE, port.clone().write_all(marker)).await.map_err(|_| SessionError::MarkerUnread)??;
-        Ok(())
+        let Farewell { marker: answer, trim } = result?;
+        if let Some(touched) = trim {
+            self.tell_failure(trim::trim(touched));
+        }
+        *marker = answer;
+        let written = timeout(MARKER_DEADLINE, port.clone().write_all(marker)).await;
+        // The host that wanted the application to stand still is gone, and nothing has happened to the machine.
+        let unread = |guest: &Self| guest.tell_failure(guest.freezer.thaw());
+        written.map_err(|_| SessionError::MarkerUnread).and_then(|written| Ok(written?)).inspect_err(|_| unread(self))
     }
 
-    /// Serves the host until `Detach`, whose marker it returns.
-    async fn converse(&mut self, mux: &Mux, driver: &mut MuxDriver, tasks: &mut JoinSet<()>) -> Result<Marker, SessionError> {
+    /// Serves the host until `Detach`. The application is frozen then.
+    async fn converse(&mut self, mux: &Mux, driver: &mut MuxDriver, tasks: &mut JoinSet<()>) -> Result<Farewell, SessionError> {
         let (reader, mut writer) = tokio::io::split(self.greet(driver).await?);
         let (shipper, stop_shipping) = ship_logs(mux.clone(), self.logs.clone());
         let shipper = tasks.spawn(shipper);
@@ -114,7 +150,7 @@ impl Guest {
         let (news, mut outgoing) = mpsc::channel(64);
         let mut commands = read_commands(reader, tasks);
         tasks.spawn(announce_exit(self.application.clone(), self.logs.clone(), news.clone()));
-        let marker = loop {
+        let farewell = loop {
             tokio::select! {
                 stream = driver.inbound.recv() => {
                     tasks.spawn(serve_stream(stream.ok_or(SessionError::Closed)?));
@@ -122,14 +158,16 @@ impl Guest {
                 Some(message) = outgoing.recv() => write_message(&mut writer, &message).await?,
                 command = commands.recv() => match command.ok_or(SessionError::Closed)?? {
                     HostMessage::Start(app) => self.start(&app, &mut writer, &news, tasks).await?,
-                    HostMessage::Detach { marker, trim: _ } => break marker,
-                    HostMessage::Stop => {}
+                    HostMessage::Detach { marker, trim } => break Farewell { marker, trim },
+                    HostMessage::Stop | HostMessage::Time { .. } => {}
                     unexpected @ HostMessage::Hello(_) => return Err(SessionError::NotHello(unexpected)),
                 },
             }
             // Streams and watches that have ended are of no interest.
             while tasks.try_join_next().is_some() {}
         };
+        let frozen = self.freezer.freeze().await;
+        self.tell_failure(frozen);
         // What the application has written so far should be known before the machine stops.
         drop(stop_shipping);
         let shipped = async {
@@ -140,7 +178,7 @@ impl Guest {
             }
         };
         let _ = timeout(LOGS_DEADLINE, shipped).await;
-        Ok(marker)
+        Ok(farewell)
     }
 
     /// Everything up to `Ready`.
@@ -156,6 +194,9 @@ impl Guest {
         };
         if hello.protocol == VERSION {
             self.renew(&hello);
+            let clock = identity::set_clock(ask_time(&mut control).await?);
+            self.tell_failure(clock);
+            self.tell_failure(self.freezer.thaw());
         }
         write_message(&mut control, &GuestMessage::Ready(Ready { protocol: VERSION, kernel: self.kernel.clone() })).await?;
         if hello.protocol == VERSION { Ok(control) } else { Err(SessionError::Protocol { host: hello.protocol }) }
@@ -163,7 +204,6 @@ impl Guest {
 
     /// Takes over this life's identity. A part that fails is told on the console and to the log; the application may do without it.
     fn renew(&mut self, hello: &Hello) {
-        let clock = identity::set_clock(hello.wall_clock_ns).map_err(|error| error.to_string());
         let random = identity::reseed_random(&hello.entropy).map_err(|error| error.to_string());
         let network = hello.network.as_ref().map_or(Ok(()), |network| {
             network::apply(network).map_err(|error| error.to_string())?;
@@ -175,9 +215,16 @@ impl Guest {
             Some(previous) if previous != life => connections::end_outbound().map_err(|error| error.to_string()),
             _ => Ok(()),
         };
-        for error in [clock, random, network, connections].into_iter().filter_map(Result::err) {
+        for result in [random, network, connections] {
+            self.tell_failure(result);
+        }
+    }
+
+    /// Tells of what went wrong on the console and in the log.
+    fn tell_failure<E: std::fmt::Display>(&self, result: Result<(), E>) {
+        if let Err(error) = result {
             eprintln!("hearth-guest: {error}");
-            self.logs.push(LogSource::System, error.as_bytes());
+            self.logs.push(LogSource::System, error.to_string().as_bytes());
         }
     }
 
@@ -207,6 +254,31 @@ impl Guest {
         let watch = Watch::begin();
         Ok((self.application.start(app).await?, watch))
     }
+}
+
+/// Asks the host for its wall clock, and again while the answer takes long: it is wrong by half of that at most. Returns the time that it is
+/// now, in nanoseconds since the Unix epoch.
+async fn ask_time(control: &mut Stream) -> Result<u64, SessionError> {
+    let mut best: Option<(Duration, Instant, u64)> = None;
+    for _ in 0..TIME_QUESTIONS {
+        let asked = Instant::now();
+        write_message(control, &GuestMessage::AskTime).await?;
+        let time = match read_message(control).await? {
+            HostMessage::Time { wall_clock_ns } => wall_clock_ns,
+            other => return Err(SessionError::NotTime(other)),
+        };
+        let took = asked.elapsed();
+        if best.is_none_or(|(least, ..)| took < least) {
+            best = Some((took, asked, time));
+        }
+        if took <= GOOD_ANSWER {
+            break;
+        }
+    }
+    let (took, asked, time) = best.expect("at least one question is asked");
+    // The host read its clock in the middle, as far as anybody knows.
+    let since = asked.elapsed() - took / 2;
+    Ok(time.saturating_add(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)))
 }
 
 /// Reads the host's messages in a task of their own: a half-read message must not be abandoned.

@@ -94,6 +94,12 @@ pub fn data_ranges(file: &File) -> io::Result<Vec<(u64, u64)>> {
     }
 }
 
+/// Bytes of memory or disk that a file takes up.
+pub fn allocated_bytes(file: &File) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(file.metadata()?.blocks() * 512)
+}
+
 /// Bytes of a file that are not holes.
 pub fn data_bytes(path: &Path) -> io::Result<u64> {
     Ok(data_ranges(&File::open(path)?)?.into_iter().map(|(start, end)| end - start).sum())

@@ -29,6 +29,8 @@ use crate::{
 const ANSWER: Duration = Duration::from_secs(10);
 /// How much longer than a hook may take the guest may take to say that it took too long.
 const HOOK_MARGIN: Duration = Duration::from_secs(2);
+/// How long it may take to let go of a session if it is to clear its memory first: some gigabytes, on a busy host, under emulation.
+const TRIMMED: Duration = Duration::from_secs(90);
 
 /// Who the guest is in this life.
 #[derive(Debug)]
@@ -90,17 +92,21 @@ impl Session {
             protocol: protocol::VERSION,
             vm_id: identity.vm_id,
             generation: identity.generation,
-            wall_clock_ns: wall_clock_ns(),
             entropy: entropy().map_err(broken)?,
             network: identity.network,
         };
         write_message(&mut control, &HostMessage::Hello(hello)).await.map_err(broken)?;
-        match read_message(&mut control).await.map_err(broken)? {
-            GuestMessage::Ready(Ready { protocol: guest, .. }) if guest != protocol::VERSION => {
-                return Err(GuestError::Protocol { guest, host: protocol::VERSION });
+        loop {
+            match read_message(&mut control).await.map_err(broken)? {
+                GuestMessage::AskTime => {
+                    write_message(&mut control, &HostMessage::Time { wall_clock_ns: wall_clock_ns() }).await.map_err(broken)?;
+                }
+                GuestMessage::Ready(Ready { protocol: guest, .. }) if guest != protocol::VERSION => {
+                    return Err(GuestError::Protocol { guest, host: protocol::VERSION });
+                }
+                GuestMessage::Ready(_) => break,
+                other => return Err(GuestError::Session(format!("the guest said {other:?} instead of ready"))),
             }
-            GuestMessage::Ready(_) => {}
-            other => return Err(GuestError::Session(format!("the guest said {other:?} instead of ready"))),
         }
         let (reader, writer) = tokio::io::split(control);
         let (report_start, started) = watch::channel(None);
@@ -152,13 +158,15 @@ impl Session {
         self.dialer.clone()
     }
 
-    /// Ends the session and returns the marker that begins the next one. When this returns, neither side reads or writes anything any more.
-    pub async fn detach(mut self) -> Result<Marker, GuestError> {
+    /// Ends the session and returns the marker that begins the next one. When this returns, neither side reads or writes anything any more, and
+    /// the application stands still. `trim` is for a capture: how many bytes of memory the guest has ever touched.
+    pub async fn detach(mut self, trim: Option<u64>) -> Result<Marker, GuestError> {
         let marker: Marker = entropy().map_err(broken)?[..16].try_into().expect("more than 16 bytes were drawn");
         let seen = self.trigger.arm(marker);
-        write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker, trim: false }).await.map_err(broken)?;
-        let unanswered = |_| GuestError::Timeout { what: "let go of its session", timeout: ANSWER };
-        timeout(ANSWER, seen).await.map_err(unanswered)?.map_err(|_| broken("it ended before the guest answered `Detach`"))?;
+        write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker, trim }).await.map_err(broken)?;
+        let deadline = if trim.is_some() { TRIMMED } else { ANSWER };
+        let unanswered = |_| GuestError::Timeout { what: "let go of its session", timeout: deadline };
+        timeout(deadline, seen).await.map_err(unanswered)?.map_err(|_| broken("it ended before the guest answered `Detach`"))?;
         self.driver.abort();
         // Its only failure would be a panic of the task, which ended it as well.
         let _ = (&mut self.driven).await;
@@ -225,7 +233,7 @@ async fn read_control(
             }
             GuestMessage::Listening { port } => MachineEvent::Listening(port),
             GuestMessage::Exited(status) => MachineEvent::AppExited(status),
-            GuestMessage::Ready(_) => continue,
+            GuestMessage::Ready(_) | GuestMessage::AskTime => continue,
         };
         if events.send(event).await.is_err() {
             return;

@@ -136,7 +136,8 @@ impl Machine for QemuMachine {
         let Origin::Boot { memory, rootfs, vcpus, memory_mib } = parts.origin else {
             return Err(CaptureError::Monitor("only a machine that was booted can be captured".to_owned()));
         };
-        let marker = self.session.detach().await?;
+        let touched = memory::allocated_bytes(&memory).map_err(|source| Failure::host("looking at guest memory", source))?;
+        let marker = self.session.detach(Some(touched)).await?;
         freeze(&parts.qmp, &parts.state_path).await?;
         end(parts.process, &parts.qmp).await;
         let disk_bytes = fs::metadata(&rootfs).map_err(Failure::of("opening", &rootfs))?.len();
@@ -194,7 +195,7 @@ impl Machine for QemuMachine {
         let Origin::Clone { mapped, .. } = parts.origin else {
             return Err(SuspendError::Monitor("only a clone of a snapshot can be suspended".to_owned()));
         };
-        let marker = self.session.detach().await?;
+        let marker = self.session.detach(None).await?;
         if cancel.is_cancelled() {
             return parts.run_on(marker).await;
         }
