@@ -370,9 +370,16 @@ async fn a_guest_serves_one_host_after_another() {
     // The machine runs on here, as it does for a moment in every clone, and the application does not.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let mut session = Session::open(host.connection().await, DETACH_MARKER, 1, LATER).await;
-    assert_eq!(session.ask("longest").await, "longest");
-    let longest = String::from_utf8(session.line().await.line).unwrap();
-    assert!(longest.strip_prefix("longest ").unwrap().trim().parse::<u64>().unwrap() >= 290, "hundredths of a second: {longest}");
+    let stood_still = async {
+        // Its clock of pauses has to notice first.
+        while session.ask("longest").await == "longest" {
+            let longest = String::from_utf8(session.line().await.line).unwrap();
+            if longest.strip_prefix("longest ").unwrap().trim().parse::<u64>().unwrap() >= 290 {
+                return;
+            }
+        }
+    };
+    timeout(PATIENCE, stood_still).await.expect("the application was frozen for three seconds");
     assert_eq!(session.ask("time").await, "time");
     let time = String::from_utf8(session.line().await.line).unwrap();
     assert!(time.strip_prefix("time ").unwrap().parse::<u64>().unwrap() - LATER < 60, "{time}");
