@@ -2,27 +2,41 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll},
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use tokio_util::task::AbortOnDropHandle;
+use tokio::{sync::Notify, time::timeout};
 use tracing::{Span, debug};
 
-use crate::{error::Side, linger::StillSending};
+use crate::{app::App, error::Side, linger::StillSending};
+
+/// How long an application may take to decide whether it wants a body. Many never say, so the body is sent then (RFC 9110, 10.1.1).
+const DECISION: Duration = Duration::from_secs(1);
 
 /// A request's body. Dropped before its end, it notes that the client may still be sending.
 pub(crate) struct Upload {
     body: Incoming,
     ended: bool,
     client: StillSending,
+    /// Until then nothing is taken from the client, which is not told to continue either.
+    held: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
 impl Upload {
     pub(crate) fn new(body: Incoming, client: StillSending) -> Self {
-        Self { body, ended: false, client }
+        Self { body, ended: false, client, held: None }
+    }
+
+    /// Waits with the body until the application says that it wants it.
+    pub(crate) fn hold(&mut self, wanted: Arc<Notify>) {
+        self.held = Some(Box::pin(async move {
+            let _ = timeout(DECISION, wanted.notified()).await;
+        }));
     }
 }
 
@@ -31,6 +45,10 @@ impl Body for Upload {
     type Error = hyper::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        if let Some(held) = &mut self.held {
+            ready!(held.as_mut().poll(cx));
+            self.held = None;
+        }
         let frame = Pin::new(&mut self.body).poll_frame(cx);
         self.ended |= matches!(frame, Poll::Ready(None));
         frame
@@ -53,16 +71,16 @@ impl Drop for Upload {
     }
 }
 
-/// A response's body. The connection to the guest ends with it, so a client that leaves costs the guest nothing.
+/// A response's body. The connection to the application ends with it, so a client that leaves costs the guest nothing.
 pub(crate) struct Download {
     body: Incoming,
     span: Span,
-    _connection: AbortOnDropHandle<()>,
+    _app: App,
 }
 
 impl Download {
-    pub(crate) fn new(body: Incoming, connection: AbortOnDropHandle<()>) -> Self {
-        Self { body, span: Span::current(), _connection: connection }
+    pub(crate) fn new(body: Incoming, app: App) -> Self {
+        Self { body, span: Span::current(), _app: app }
     }
 }
 

@@ -93,13 +93,13 @@ impl ResolvesServerCert for EndpointCertificates {
     }
 }
 
-/// TLS 1.2 and 1.3 with HTTP/1.1 inside.
+/// TLS 1.2 and 1.3, inside it HTTP/2 for clients that have it, else HTTP/1.1.
 pub fn server_config(certificates: Arc<dyn ResolvesServerCert>) -> Result<Arc<ServerConfig>, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_cert_resolver(certificates);
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     config.ticketer = Ticketer::new()?;
     Ok(Arc::new(config))
 }

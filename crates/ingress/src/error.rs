@@ -1,6 +1,6 @@
 //! What can become of a request other than the application's answer: whose doing it was, and what the client is told (SPEC 10.3).
 
-use std::fmt;
+use std::{fmt, io};
 
 use bytes::Bytes;
 use hearth_control::plane::{ConnectError, Refusal};
@@ -61,6 +61,9 @@ pub(crate) enum RequestError {
     /// the application took the connection but did not answer in HTTP
     #[error("the application did not answer the request")]
     NoAnswer(#[source] hyper::Error),
+    /// the application does not speak TLS, or not the version of HTTP that is needed
+    #[error("the application did not complete the TLS handshake")]
+    NoTls(#[source] io::Error),
     /// the application switched protocols without being asked to
     #[error("the application switched protocols without being asked to")]
     UnaskedUpgrade,
@@ -77,7 +80,7 @@ impl RequestError {
             | Self::MethodNotAllowed
             | Self::Upload(_) => Side::Client,
             Self::Connect(ConnectError::TooSlow(_)) => Side::Us,
-            Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::UnaskedUpgrade => Side::Guest,
+            Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::NoTls(_) | Self::UnaskedUpgrade => Side::Guest,
         }
     }
 
@@ -87,7 +90,7 @@ impl RequestError {
             Self::InvalidPort | Self::InvalidHost | Self::InvalidUpgrade | Self::Upload(_) => StatusCode::BAD_REQUEST,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::Connect(ConnectError::TooSlow(_)) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::ShellToken | Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::UnaskedUpgrade => {
+            Self::ShellToken | Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::NoTls(_) | Self::UnaskedUpgrade => {
                 StatusCode::BAD_GATEWAY
             }
         }

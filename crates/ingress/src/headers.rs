@@ -33,8 +33,7 @@ pub(crate) fn toward_guest(headers: &mut HeaderMap, request_id: Uuid) {
     // Trailers cross the proxy, if the client can take them.
     let trailers = lists(headers, &header::TE, "trailers");
     strip_hop_by_hop(headers);
-    // The proxy answers the expectation itself, once the MicroVM is awake.
-    headers.remove(header::EXPECT);
+    join_cookies(headers);
     let ours: Vec<HeaderName> = headers.keys().filter(|name| name.as_str().starts_with(PROXY_PREFIX)).cloned().collect();
     for name in ours {
         headers.remove(name);
@@ -43,6 +42,15 @@ pub(crate) fn toward_guest(headers: &mut HeaderMap, request_id: Uuid) {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     identify(headers, request_id);
+}
+
+/// HTTP/2 clients may send cookies one by one, which HTTP/1.1 does not know (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(header::COOKIE).iter().nth(1).is_some() {
+        let cookies: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+        let joined = HeaderValue::from_bytes(&cookies.join(&b"; "[..])).expect("valid values and a separator are a valid value");
+        headers.insert(header::COOKIE, joined);
+    }
 }
 
 /// Makes an application's headers the client's.
@@ -111,17 +119,18 @@ mod tests {
             ("te", "gzip, Trailers"),
             ("transfer-encoding", "chunked"),
             ("upgrade", "h2c"),
-            ("expect", "100-continue"),
             ("x-aws-proxy-auth", "t"),
             ("x-aws-proxy-port", "80"),
             ("x-aws-proxy-whatever", "1"),
             ("x-amzn-requestid", "forged"),
             ("cookie", "a=b"),
         ]);
+        headers.append(header::COOKIE, HeaderValue::from_static("c=d"));
         let id = Uuid::new_v4();
         toward_guest(&mut headers, id);
         assert_eq!(names(&headers), ["content-length", "cookie", "host", "te", "x-amzn-requestid"]);
         assert_eq!(headers["te"], "trailers");
+        assert_eq!(headers.get_all("cookie").iter().collect::<Vec<_>>(), ["a=b; c=d"]);
         assert_eq!(headers["x-amzn-requestid"], id.to_string());
     }
 

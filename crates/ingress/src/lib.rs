@@ -11,10 +11,12 @@
 
 #![forbid(unsafe_code)]
 
+mod app;
 mod body;
 mod bundle;
 mod ca;
 mod certificates;
+mod client;
 mod credentials;
 mod error;
 mod files;
@@ -23,6 +25,7 @@ mod host;
 mod linger;
 mod listen;
 mod meter;
+mod outbound;
 mod proxy;
 mod tunnel;
 mod upgrade;

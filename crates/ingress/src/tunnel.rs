@@ -1,6 +1,6 @@
 //! Copies bytes both ways between a client and an application that have switched protocols, until both are done or the server stops.
 
-use std::{io, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
@@ -8,8 +8,10 @@ use tokio::{
     io::{AsyncWriteExt, copy_bidirectional},
     time::timeout,
 };
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
+
+use crate::{app::App, proxy::Peer};
 
 /// How long a client may take to accept our last bytes.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -18,17 +20,20 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub(crate) struct Tunnel {
     pub(crate) client: OnUpgrade,
     pub(crate) guest: OnUpgrade,
-    pub(crate) connection: AbortOnDropHandle<()>,
+    pub(crate) app: App,
+    /// What the client's connection holds, as long as any of it lives.
+    pub(crate) peer: Arc<Peer>,
 }
 
 impl Tunnel {
     /// Runs until both directions have ended, one broke, or `cut`.
     pub(crate) async fn run(self, cut: CancellationToken) {
+        let Self { client, guest, app, peer: _peer } = self;
         let ends = tokio::select! {
-            ends = async { tokio::try_join!(self.client, self.guest) } => ends,
+            ends = async { tokio::try_join!(client, guest) } => ends,
             () = cut.cancelled() => return,
         };
-        drop(self.connection);
+        drop(app);
         let (client, guest) = match ends {
             Ok(ends) => ends,
             Err(error) => return debug!(%error, "the switch of protocols was not completed"),

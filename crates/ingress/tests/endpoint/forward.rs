@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{Body, Client, Endpoint, HOST, PATIENCE, header, read_head, text};
+use crate::support::{Client, Endpoint, HOST, PATIENCE, data, header, read_head, text, trickle};
 
 const BIG: usize = 8 << 20;
 
@@ -25,17 +25,6 @@ fn pattern(length: usize) -> Vec<u8> {
 
 fn checksum(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
-}
-
-/// A body that the test sends piece by piece.
-fn trickle() -> (mpsc::Sender<Frame<Bytes>>, Body) {
-    let (sender, mut receiver) = mpsc::channel(1);
-    let frames = futures::stream::poll_fn(move |cx| receiver.poll_recv(cx).map(|frame| frame.map(Ok)));
-    (sender, StreamBody::new(frames).boxed_unsync())
-}
-
-fn data(bytes: &'static str) -> Frame<Bytes> {
-    Frame::data(Bytes::from_static(bytes.as_bytes()))
 }
 
 #[tokio::test]
@@ -290,11 +279,9 @@ async fn until_counted(endpoint: &Endpoint) {
 
 #[tokio::test]
 async fn a_client_is_told_to_continue_once_the_microvm_is_awake() {
-    let endpoint = Endpoint::with_app(async |request: Request<Incoming>| {
-        assert!(!request.headers().contains_key("expect"));
-        Response::new(text(request.into_body().collect().await.unwrap().to_bytes()))
-    })
-    .await;
+    let endpoint =
+        Endpoint::with_app(async |request: Request<Incoming>| Response::new(text(request.into_body().collect().await.unwrap().to_bytes())))
+            .await;
     endpoint.plane.awake.send_replace(false);
     let mut client = endpoint.connect().await;
     client.request(&endpoint, "POST / HTTP/1.1", &["expect: 100-continue", "content-length: 4"]).await;
@@ -310,6 +297,31 @@ async fn a_client_is_told_to_continue_once_the_microvm_is_awake() {
     let mut refused = endpoint.connect().await;
     refused.send(format!("POST / HTTP/1.1\r\nhost: {HOST}\r\nexpect: 100-continue\r\ncontent-length: 4\r\n\r\n")).await;
     assert!(refused.head().await.starts_with("HTTP/1.1 403"), "refused without a body");
+}
+
+#[tokio::test]
+async fn an_application_decides_whether_a_client_continues() {
+    for (answer, first) in [("HTTP/1.1 417 No\r\ncontent-length: 0\r\n\r\n", "HTTP/1.1 417"), ("", "HTTP/1.1 100")] {
+        let endpoint = Endpoint::with_raw(move |mut stream| async move {
+            let head = read_head(&mut stream).await;
+            assert_eq!(header(&head, "expect"), Some("100-continue"));
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            // Applications that do not know the expectation say nothing, and wait for the body.
+            let mut body = [0; 4];
+            if stream.read_exact(&mut body).await.is_ok() {
+                assert!(answer.is_empty(), "it was told not to send {body:?}");
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+            }
+        })
+        .await;
+        let mut client = endpoint.connect().await;
+        client.request(&endpoint, "POST / HTTP/1.1", &["expect: 100-continue", "content-length: 4"]).await;
+        assert!(client.head().await.starts_with(first));
+        if first.ends_with("100") {
+            client.send("body").await;
+            assert!(client.head().await.starts_with("HTTP/1.1 200"));
+        }
+    }
 }
 
 /// Sends chunks until told otherwise, as clients do that read the answer only at the end.

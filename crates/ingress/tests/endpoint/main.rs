@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod forward;
+mod http2;
 mod refuse;
 mod stop;
 mod support;

@@ -19,9 +19,15 @@ use hearth_control::{
 use hearth_ingress::{EndpointCertificates, IngressConfig, LocalCa, serve, server_config};
 use hearth_machine::{GuestStream, Target};
 use http::{Request, Response};
-use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::{
+    body::Incoming,
+    client::conn::http2,
+    server::conn::{self as server, http1},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, ServerName, pem::PemObject},
@@ -31,7 +37,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     process::Command,
-    sync::watch,
+    sync::{mpsc, watch},
     task::JoinHandle,
     time::timeout,
 };
@@ -190,7 +196,7 @@ impl Endpoint {
         format!("x-aws-proxy-auth: {}", self.token())
     }
 
-    /// Runs curl with a token, and expects an answer.
+    /// Runs curl with a token, in HTTP/1.1 unless it is told otherwise, and expects an answer.
     pub async fn curl(&self, path: &str, arguments: &[&str]) -> Answer {
         let auth = self.auth();
         self.curl_as(HOST, path, &[&["-H", &auth], arguments].concat()).await.unwrap()
@@ -202,7 +208,7 @@ impl Endpoint {
         let (head, body) = (scratch.path().join("head"), scratch.path().join("body"));
         let port = self.address.port();
         let run = Command::new("curl")
-            .args(["-sS", "--noproxy", "*", "--max-time", "30", "-w", "%{http_code}", "--cacert"])
+            .args(["-sS", "--noproxy", "*", "--max-time", "30", "--http1.1", "-w", "%{http_code}", "--cacert"])
             .arg(self.ca())
             .args(["--resolve", &format!("{host}:{port}:127.0.0.1"), "-D"])
             .args([&head, &"-o".into(), &body])
@@ -227,6 +233,41 @@ impl Endpoint {
     }
 }
 
+/// An HTTP/2 client with one connection.
+#[derive(Clone)]
+pub struct Client2(pub http2::SendRequest<Body>);
+
+impl Client2 {
+    pub async fn new(endpoint: &Endpoint) -> Self {
+        let stream = Client::speaking(&["h2"], endpoint.address, &endpoint.ca(), HOST).await.unwrap().0;
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        Self(sender)
+    }
+
+    pub async fn send(&mut self, request: Request<Body>) -> hyper::Result<Response<Incoming>> {
+        self.0.ready().await?;
+        timeout(PATIENCE, self.0.send_request(request)).await.expect("an answer in time")
+    }
+}
+
+/// A request with a token, for [`Client2`].
+pub fn request2(endpoint: &Endpoint, method: &str, path: &str) -> http::request::Builder {
+    Request::builder().method(method).uri(format!("https://{HOST}{path}")).header("x-aws-proxy-auth", endpoint.token())
+}
+
+/// A body that the test sends piece by piece.
+pub fn trickle() -> (mpsc::Sender<Frame<Bytes>>, Body) {
+    let (sender, mut receiver) = mpsc::channel(1);
+    let frames = futures::stream::poll_fn(move |cx| receiver.poll_recv(cx).map(|frame| frame.map(Ok)));
+    (sender, StreamBody::new(frames).boxed_unsync())
+}
+
+pub fn data(bytes: &'static str) -> Frame<Bytes> {
+    Frame::data(Bytes::from_static(bytes.as_bytes()))
+}
+
 /// Serves an application on a free port for as long as the test runs.
 pub async fn app_guest<F, R>(app: F) -> SocketAddr
 where
@@ -242,6 +283,25 @@ where
             });
             // Applications see connections end early here.
             let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).with_upgrades().await;
+        }
+    })
+    .await
+}
+
+/// Serves an application that speaks nothing but HTTP/2 in plain text.
+pub async fn h2c_guest<F, R>(app: F) -> SocketAddr
+where
+    F: Fn(Request<Incoming>) -> R + Clone + Send + Sync + 'static,
+    R: Future<Output = Response<Body>> + Send + 'static,
+{
+    raw_guest(move |stream| {
+        let app = app.clone();
+        async move {
+            let service = service_fn(move |request| {
+                let answer = app(request);
+                async { Ok::<_, Infallible>(answer.await) }
+            });
+            let _ = server::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
         }
     })
     .await
@@ -283,13 +343,19 @@ pub struct Client(pub TlsStream<TcpStream>);
 
 impl Client {
     pub async fn new(address: SocketAddr, ca: &std::path::Path, name: &str) -> std::io::Result<Self> {
+        Self::speaking(&[], address, ca, name).await
+    }
+
+    /// Opens a connection for one of these protocols.
+    pub async fn speaking(protocols: &[&str], address: SocketAddr, ca: &std::path::Path, name: &str) -> std::io::Result<Self> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(ca).unwrap()).unwrap();
-        let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_root_certificates(roots)
             .with_no_client_auth();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         Ok(Self(TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(name.to_owned()).unwrap(), stream).await?))

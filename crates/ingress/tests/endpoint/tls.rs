@@ -26,10 +26,12 @@ async fn curl_trusts_the_wildcard_of_any_region() {
 }
 
 #[tokio::test]
-async fn http2_is_not_agreed_on_yet() {
+async fn clients_get_http2_if_they_have_it() {
     let endpoint = endpoint().await;
-    let answer = endpoint.curl("/", &["--http2"]).await;
-    assert!(answer.head.starts_with("HTTP/1.1 200"), "{}", answer.head);
+    for (flag, version) in [("--http2", "HTTP/2 200"), ("--http1.1", "HTTP/1.1 200"), ("--no-alpn", "HTTP/1.1 200")] {
+        let answer = endpoint.curl("/", &[flag]).await;
+        assert!(answer.head.starts_with(version), "{flag}: {}", answer.head);
+    }
 }
 
 #[tokio::test]

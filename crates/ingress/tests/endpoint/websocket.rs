@@ -1,8 +1,14 @@
 //! Connections that switch protocols.
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use http::Request;
+use hyper::ext::Protocol;
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
 
-use crate::support::{Client, Endpoint, HOST, PATIENCE, header, read_head};
+use crate::support::{Client, Client2, Endpoint, HOST, PATIENCE, header, read_head, text};
 
 const HANDSHAKE: [&str; 4] =
     ["connection: Upgrade", "upgrade: websocket", "sec-websocket-version: 13", "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ=="];
@@ -73,6 +79,50 @@ async fn browsers_authenticate_with_subprotocols() {
     }
 }
 
+/// RFC 8441, as browsers open WebSockets where they have a connection in HTTP/2 already.
+#[tokio::test]
+async fn a_stream_of_http2_becomes_a_websocket() {
+    let endpoint = echo("").await;
+    let mut client = Client2::new(&endpoint).await;
+    // An answer says that the server's settings are here, which allow what follows.
+    let plain = Request::get(format!("https://{HOST}/")).body(text("")).unwrap();
+    assert_eq!(client.send(plain).await.unwrap().status(), 403);
+    let connect = |client: &mut Client2, protocol: &'static str, offer: &str| {
+        let request = Request::connect(format!("https://{HOST}/socket"))
+            .extension(Protocol::from_static(protocol))
+            .header("sec-websocket-version", "13")
+            .header("sec-websocket-protocol", offer)
+            .body(text(""))
+            .unwrap();
+        let mut client = client.clone();
+        async move { client.send(request).await.unwrap() }
+    };
+    let offer = format!("lambda-microvms, lambda-microvms.authentication.{}, myapp.v1", endpoint.token());
+    let answer = connect(&mut client, "websocket", &offer).await;
+    assert_eq!(answer.status(), 200);
+    assert_eq!(answer.headers()["sec-websocket-protocol"], "lambda-microvms");
+    assert!(!answer.headers().contains_key("sec-websocket-accept"));
+
+    let mut socket = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+    let seen = read_head(&mut socket).await;
+    assert!(seen.starts_with("GET /socket HTTP/1.1"), "{seen}");
+    assert_eq!(header(&seen, "upgrade"), Some("websocket"));
+    assert_eq!(header(&seen, "sec-websocket-key").map(str::len), Some(24));
+    assert_eq!(header(&seen, "sec-websocket-protocol"), Some("myapp.v1"));
+    assert_eq!(header(&seen, "host"), Some(HOST));
+    for message in ["\u{1}ping", "more"] {
+        socket.write_all(message.as_bytes()).await.unwrap();
+        let mut echoed = vec![0; message.len()];
+        timeout(PATIENCE, socket.read_exact(&mut echoed)).await.expect("an echo in time").unwrap();
+        assert_eq!(echoed, message.as_bytes());
+    }
+    socket.shutdown().await.unwrap();
+    assert_eq!(timeout(PATIENCE, socket.read(&mut [0; 8])).await.expect("the end in time").unwrap(), 0);
+
+    assert_eq!(connect(&mut client, "connect-udp", &offer).await.status(), 403, "no handshake, so nothing in it is a token");
+    assert_eq!(connect(&mut client, "websocket", "myapp.v1").await.status(), 403);
+}
+
 #[tokio::test]
 async fn refusals_are_answers_and_no_upgrades() {
     let endpoint = echo("").await;
@@ -125,6 +175,6 @@ async fn a_microvm_that_goes_ends_the_client_s_side_in_order() {
     handshake(&mut client, &[&endpoint.auth()]).await;
     client.send("xy").await;
     // An end without TLS's farewell would be an error here.
-    let ended = tokio::time::timeout(PATIENCE, client.0.read(&mut [0; 8])).await.expect("the tunnel ends");
+    let ended = timeout(PATIENCE, client.0.read(&mut [0; 8])).await.expect("the tunnel ends");
     assert_eq!(ended.unwrap(), 0);
 }
