@@ -36,7 +36,7 @@ pub use message::{
     App, CopyInput, CopyOutput, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, FileKind, GuestMessage, Hello,
     HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Ready, StreamHeader, TerminalSize,
 };
-pub use mux::{Mux, MuxError, Stream};
+pub use mux::{Carrier, Mux, MuxError, Stream};
 pub use wire::{WireError, read_message, write_message};
 
 /// Version of this protocol. A host refuses a guest that speaks another one: the image must be rebuilt with the present guest kit.

@@ -1,16 +1,73 @@
 //! A yamux session as both sides use it: a handle that opens streams, a queue of streams that the peer opened, and one task that moves bytes.
 
-use std::task::Poll;
+use std::{
+    io::{self, ErrorKind},
+    pin::Pin,
+    task::{Context, Poll},
+};
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
+/// Streams at once in a session: a MicroVM may have thousands of quiet WebSockets.
+const MAX_STREAMS: usize = 16_384;
+
+/// How far the windows of streams that move much may grow beyond the protocol's 256 KiB, in bytes, for all of a session together. What a
+/// stream's reader does not take, up to its window, is held in memory.
+const WINDOW_GROWTH: usize = 64 << 20;
+
+/// As many streams as yamux lets a peer open before any of them was answered.
+const ACCEPT_BACKLOG: usize = 256;
+
 /// One stream of a session, with tokio's traits.
 pub type Stream = Compat<yamux::Stream>;
+
+/// A stream that carries a connection between two programs, of which both must know whether it ended or broke. yamux itself reads a reset,
+/// and the end of the whole session, as if the peer had said that it is done.
+#[derive(Debug)]
+pub struct Carrier {
+    stream: Stream,
+    /// We have said that we are done. If the peer says so too, nothing distinguishes that from a reset any more.
+    done: bool,
+}
+
+impl Carrier {
+    /// A carrier for a connection that is about to begin.
+    pub fn new(stream: Stream) -> Self {
+        Self { stream, done: false }
+    }
+}
+
+impl AsyncRead for Carrier {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.remaining();
+        let result = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let nothing = before > 0 && buf.remaining() == before;
+        if nothing && matches!(result, Poll::Ready(Ok(()))) && !self.done && self.stream.get_ref().is_closed() {
+            return Poll::Ready(Err(io::Error::new(ErrorKind::ConnectionReset, "the other side broke the stream off")));
+        }
+        result
+    }
+}
+
+impl AsyncWrite for Carrier {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.done = true;
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
 
 /// The session cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -52,9 +109,13 @@ impl Mux {
     }
 
     fn start(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, mode: yamux::Mode) -> (Self, MuxDriver) {
-        let connection = yamux::Connection::new(io.compat(), yamux::Config::default(), mode);
+        let mut config = yamux::Config::default();
+        // In this order, because the limit of the windows must allow the streams.
+        config.set_max_connection_receive_window(Some(MAX_STREAMS * yamux::DEFAULT_CREDIT as usize + WINDOW_GROWTH));
+        config.set_max_num_streams(MAX_STREAMS);
+        let connection = yamux::Connection::new(io.compat(), config, mode);
         let (open, requests) = mpsc::channel(16);
-        let (accepted, inbound) = mpsc::channel(64);
+        let (accepted, inbound) = mpsc::channel(ACCEPT_BACKLOG);
         let task = tokio::spawn(drive(connection, requests, accepted));
         (Self { open }, MuxDriver { inbound, task })
     }
@@ -132,6 +193,93 @@ mod tests {
         let mut inbound = host_driver.inbound.recv().await.unwrap();
         inbound.read_exact(&mut buffer).await.unwrap();
         assert_eq!(&buffer, b"pong");
+    }
+
+    #[tokio::test]
+    async fn a_thousand_streams_at_once_are_all_answered() {
+        let (near, far) = tokio::io::duplex(1 << 20);
+        let (host, _host_driver) = Mux::client(near);
+        let (_guest, mut guest_driver) = Mux::server(far);
+        tokio::spawn(async move {
+            while let Some(mut stream) = guest_driver.inbound.recv().await {
+                tokio::spawn(async move { stream.write_all(b"pong").await });
+            }
+        });
+        let mut asked = Vec::new();
+        for _ in 0..1000 {
+            let host = host.clone();
+            asked.push(tokio::spawn(async move {
+                let mut stream = host.open().await.unwrap();
+                stream.write_all(b"ping").await.unwrap();
+                let mut answer = [0; 4];
+                stream.read_exact(&mut answer).await.map(|_| stream)
+            }));
+        }
+        let mut open = Vec::new();
+        for stream in asked {
+            open.push(stream.await.unwrap().unwrap());
+        }
+        assert_eq!(open.len(), 1000);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_rests_stops_its_writer() {
+        let (near, far) = tokio::io::duplex(4096);
+        let (host, _host_driver) = Mux::client(near);
+        let (_guest, mut guest_driver) = Mux::server(far);
+        let mut resting = host.open().await.unwrap();
+        resting.write_all(b"x").await.unwrap();
+        let mut writer = guest_driver.inbound.recv().await.unwrap();
+        let mut written = 0;
+        let brief = std::time::Duration::from_millis(200);
+        while tokio::time::timeout(brief, writer.write_all(&[0; 16 << 10])).await.is_ok() {
+            written += 16 << 10;
+            assert!(written <= 2 * yamux::DEFAULT_CREDIT, "nobody reads, and yet {written} bytes are gone");
+        }
+        let mut busy = host.open().await.unwrap();
+        busy.write_all(b"y").await.unwrap();
+        assert_eq!(guest_driver.inbound.recv().await.unwrap().read_u8().await.unwrap(), b'y', "others go on");
+    }
+
+    /// Two ends of one stream, and the session around them.
+    async fn carriers() -> (Carrier, Carrier, MuxDriver, MuxDriver) {
+        let (near, far) = tokio::io::duplex(4096);
+        let (host, host_driver) = Mux::client(near);
+        let (_guest, mut guest_driver) = Mux::server(far);
+        let mut near = Carrier::new(host.open().await.unwrap());
+        near.write_all(b"x").await.unwrap();
+        let mut far = Carrier::new(guest_driver.inbound.recv().await.unwrap());
+        assert_eq!(far.read_u8().await.unwrap(), b'x');
+        far.write_all(b"y").await.unwrap();
+        assert_eq!(near.read_u8().await.unwrap(), b'y');
+        (near, far, host_driver, guest_driver)
+    }
+
+    #[tokio::test]
+    async fn an_end_is_no_break() {
+        let (mut near, mut far, ..) = carriers().await;
+        far.shutdown().await.unwrap();
+        let mut text = String::new();
+        near.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "");
+        near.write_all(b"still").await.unwrap();
+        near.shutdown().await.unwrap();
+        far.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "still", "one direction outlives the other");
+    }
+
+    #[tokio::test]
+    async fn a_break_is_no_end() {
+        for session in [false, true] {
+            let (mut near, far, _host_driver, guest_driver) = carriers().await;
+            if session {
+                guest_driver.task.abort();
+            } else {
+                drop(far);
+            }
+            let error = near.read_u8().await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "the whole session: {session}");
+        }
     }
 
     #[tokio::test]

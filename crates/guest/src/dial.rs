@@ -5,15 +5,15 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
 };
 
-use hearth_guest_protocol::{DialReply, Stream, WireError, write_message};
+use hearth_guest_protocol::{Carrier, DialReply, Stream, WireError, write_message};
 use tokio::{io::copy_bidirectional, net::TcpStream};
 
-/// Connects, answers, then copies until both directions have ended. Half-closes are passed on.
+/// Connects, answers, then copies until both directions have ended, or one side broke. Half-closes are passed on.
 pub async fn serve(mut stream: Stream, port: u16) -> Result<(), WireError> {
     match connect(port).await {
         Ok(mut connection) => {
             write_message(&mut stream, &DialReply::Connected).await?;
-            copy_bidirectional(&mut stream, &mut connection).await?;
+            copy_bidirectional(&mut Carrier::new(stream), &mut connection).await?;
         }
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => write_message(&mut stream, &DialReply::Refused).await?,
         Err(error) => write_message(&mut stream, &DialReply::Failed { reason: error.to_string() }).await?,
@@ -79,6 +79,33 @@ mod tests {
         assert_eq!(answer, b"echo");
         application.await.unwrap();
         proxy.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_breaks_off_frees_an_application_that_still_writes_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (mut host, guest, _session) = stream_pair().await;
+        let proxy = tokio::spawn(serve(guest, port));
+        let (mut connection, _) = listener.accept().await.unwrap();
+        assert_eq!(read_message::<DialReply>(&mut host).await.unwrap(), DialReply::Connected);
+        drop(host);
+        proxy.await.unwrap().unwrap_err();
+        assert_eq!(connection.read(&mut [0; 8]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_application_that_breaks_off_has_not_ended() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (mut host, guest, _session) = stream_pair().await;
+        let proxy = tokio::spawn(serve(guest, port));
+        let (connection, _) = listener.accept().await.unwrap();
+        assert_eq!(read_message::<DialReply>(&mut host).await.unwrap(), DialReply::Connected);
+        connection.set_zero_linger().unwrap();
+        drop(connection);
+        proxy.await.unwrap().unwrap_err();
+        Carrier::new(host).read_u8().await.unwrap_err();
     }
 
     #[tokio::test]

@@ -9,8 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use hearth_guest_protocol::{
-    self as protocol, App, DialReply, GuestMessage, Hello, HookCall, HookReply, HostMessage, Marker, MarkerTrigger, MarkerWatch, Mux,
-    Network, Ready, Stream, StreamHeader, read_message, write_message,
+    self as protocol, App, Carrier, DialReply, GuestMessage, Hello, HookCall, HookReply, HostMessage, Marker, MarkerTrigger, MarkerWatch,
+    Mux, Network, Ready, Stream, StreamHeader, read_message, write_message,
 };
 use tokio::{
     io::{AsyncWriteExt, ReadHalf, WriteHalf},
@@ -198,6 +198,7 @@ impl Dial for SessionDialer {
         let failed = |reason| DialError::Failed { target: target.clone(), reason };
         let timed_out = |_| failed(format!("the guest did not answer within {} s", ANSWER.as_secs()));
         match timeout(ANSWER, connect).await.map_err(timed_out)?? {
+            (stream, DialReply::Connected) if matches!(target, Target::Port(_)) => Ok(Box::new(Carrier::new(stream))),
             (stream, DialReply::Connected) => Ok(Box::new(stream)),
             (_, DialReply::Refused) => Err(DialError::Refused(target.clone())),
             (_, DialReply::Failed { reason }) => Err(failed(reason)),
