@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Result, bail};
 
 use crate::{
+    host,
     leftovers::Host,
     process::{self, Output, Process},
     workspace::{BUILD_LIMIT, Tools, Workspace},
@@ -37,7 +38,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
             problems.push(format!("{what}: {error:#}"));
         }
     };
-    let tools = workspace.set_up();
+    let tools = set_up(workspace);
     note("formatting", formatting(workspace));
     note("lints", lints(workspace));
     let unit = unit_tests(workspace);
@@ -50,9 +51,15 @@ pub fn run(workspace: &Workspace) -> Result<()> {
 
 /// Only the whole-system tests, with arguments for pytest.
 pub fn run_system(workspace: &Workspace, arguments: &[String]) -> Result<()> {
-    let tools = workspace.set_up()?;
+    let tools = set_up(workspace)?;
     let hearth = workspace.build_hearth()?;
     conclude(system_tests(workspace, &tools, &hearth, arguments)?, &[])
+}
+
+fn set_up(workspace: &Workspace) -> Result<Tools> {
+    let tools = workspace.set_up()?;
+    host::ensure_clients()?;
+    Ok(tools)
 }
 
 fn conclude(counts: Counts, problems: &[String]) -> Result<()> {

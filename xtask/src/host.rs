@@ -1,6 +1,6 @@
 //! The distribution's packages that Hearth needs, installed when they are missing.
 
-use std::{process::Command, time::Duration};
+use std::{path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use nix::unistd::geteuid;
@@ -26,14 +26,22 @@ const PACKAGES: &[(&str, &str)] = &[
     ("zstd", "/usr/bin/zstd"),
 ];
 
+const WRK: (&str, &str) = ("wrk", "/usr/bin/wrk");
+/// As [`PACKAGES`]: a browser, its store of certificates, load generators.
+const CLIENTS: &[(&str, &str)] = &[
+    ("chromium-headless-shell", "/usr/bin/chromium-headless-shell"),
+    ("libnss3-tools", "/usr/bin/certutil"),
+    ("nghttp2-client", "/usr/bin/h2load"),
+    WRK,
+];
+
 const QEMU: &str = "qemu-system-x86";
 const QEMU_UTILS: &str = "qemu-utils";
 const APT_LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// Installs what is missing. Says nothing when everything is there.
 pub fn ensure() -> Result<()> {
-    let mut wanted: Vec<String> =
-        PACKAGES.iter().filter(|(_, file)| !std::path::Path::new(file).exists()).map(|(name, _)| (*name).to_owned()).collect();
+    let mut wanted: Vec<String> = missing(PACKAGES).map(str::to_owned).collect();
     let pair = qemu_pair();
     if wanted.is_empty() && matches!(&pair, Ok((emulator, img)) if emulator == img) {
         return Ok(());
@@ -73,10 +81,22 @@ pub fn ensure_node() -> Result<()> {
 
 /// Installs the load generator.
 pub fn ensure_wrk() -> Result<()> {
-    if std::path::Path::new("/usr/bin/wrk").exists() {
-        return Ok(());
-    }
-    ensure_extra("measuring requests per second needs wrk", &["wrk"])
+    ensure_programs("measuring requests per second needs wrk", &[WRK])
+}
+
+/// Installs the clients that the whole-system tests drive beside those of Python and Node.
+pub fn ensure_clients() -> Result<()> {
+    ensure_programs("the tests of endpoints need clients", CLIENTS)
+}
+
+fn ensure_programs(why: &str, packages: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<&str> = missing(packages).collect();
+    if missing.is_empty() { Ok(()) } else { ensure_extra(why, &missing) }
+}
+
+/// Names of the packages whose file is not there.
+fn missing<'a>(packages: &'a [(&str, &str)]) -> impl Iterator<Item = &'a str> {
+    packages.iter().filter(|(_, file)| !Path::new(file).exists()).map(|(name, _)| *name)
 }
 
 fn ensure_extra(why: &str, packages: &[&str]) -> Result<()> {
