@@ -133,6 +133,7 @@ impl Control {
         let sweeper = sweep::run(Arc::clone(&microvms), Arc::clone(&registry), settings.terminated_retention);
         tasks.spawn(stop.clone().run_until_cancelled_owned(sweeper));
         tasks.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&logs).keep()));
+        tasks.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&keyring).keep_rotating()));
         let inner = Inner {
             store,
             keyring,

@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use hearth_control::{
     plane::{Activity, Admission, ConnectError, DataPlane, Refusal},
-    token::{Claims, Keyring},
+    token::{Claims, Keyring, TokenKind},
     types::PortSpec,
 };
 use hearth_ingress::{EndpointCertificates, IngressConfig, LocalCa, serve, server_config};
@@ -86,9 +86,14 @@ impl Drop for Waiting<'_> {
 #[async_trait]
 impl DataPlane for FakePlane {
     fn admit(&self, host: &str, token: &str, port: u16) -> Result<Admission, Refusal> {
-        let vm = [HOST, ELSEWHERE].contains(&host).then_some(VM);
-        let kind = self.keyring.admit(token, vm, port, SystemTime::now())?;
-        Ok(Admission { microvm_id: VM.into(), kind, port, activity: self.activity.clone() })
+        let claims = self.keyring.verify(token, SystemTime::now())?;
+        if claims.microvm_id != VM || ![HOST, ELSEWHERE].contains(&host) {
+            return Err(Refusal::AuthenticationFailed);
+        }
+        if claims.kind == TokenKind::Http && !claims.allows(port) {
+            return Err(Refusal::PortDenied);
+        }
+        Ok(Admission { microvm_id: VM.into(), kind: claims.kind, port, activity: self.activity.clone() })
     }
 
     async fn open(&self, _: &Admission, _: &Target) -> Result<Box<dyn GuestStream>, ConnectError> {
