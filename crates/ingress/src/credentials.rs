@@ -11,6 +11,9 @@ pub(crate) const MARKER: &str = "lambda-microvms";
 const AUTHENTICATION: &str = "lambda-microvms.authentication.";
 const PORT: &str = "lambda-microvms.port.";
 
+/// Digits of the largest port.
+const MAX_PORT_DIGITS: usize = 5;
+
 const AUTH_HEADER: HeaderName = HeaderName::from_static("x-aws-proxy-auth");
 const PORT_HEADER: HeaderName = HeaderName::from_static("x-aws-proxy-port");
 
@@ -20,7 +23,7 @@ const DEFAULT_PORT: u16 = 8080;
 /// What a request shows to be let in.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Credentials {
-    /// `None` if there is none, or one that is no text.
+    /// `None` if there is none, or several, or one that is no text: which of them was meant is nobody's guess.
     pub(crate) token: Option<String>,
     pub(crate) port: u16,
 }
@@ -30,8 +33,8 @@ pub(crate) struct Credentials {
 pub(crate) struct Offer {
     /// The proxy's subprotocols were offered, so the answer must select one.
     pub(crate) marker: bool,
-    token: Option<String>,
-    port: Option<String>,
+    tokens: Vec<String>,
+    ports: Vec<String>,
 }
 
 impl Offer {
@@ -44,9 +47,9 @@ impl Offer {
             if item == MARKER {
                 offer.marker = true;
             } else if let Some(token) = item.strip_prefix(AUTHENTICATION) {
-                offer.token = Some(token.to_owned());
+                offer.tokens.push(token.to_owned());
             } else if let Some(port) = item.strip_prefix(PORT) {
-                offer.port = Some(port.to_owned());
+                offer.ports.push(port.to_owned());
             } else {
                 others.push(item);
             }
@@ -63,13 +66,16 @@ impl Offer {
 impl Credentials {
     /// Reads the headers; the subprotocols count where a header is missing.
     pub(crate) fn read(headers: &HeaderMap, offer: &Offer) -> Result<Self, RequestError> {
-        let token = match headers.get(AUTH_HEADER) {
-            Some(value) => value.to_str().ok().map(str::trim),
-            None => offer.token.as_deref(),
+        let mut tokens = headers.get_all(AUTH_HEADER).iter();
+        let token = match (tokens.next(), tokens.next()) {
+            (None, _) => only(&offer.tokens),
+            (Some(value), None) => value.to_str().ok().map(str::trim),
+            (Some(_), Some(_)) => None,
         };
         let mut ports = headers.get_all(PORT_HEADER).iter();
         let port = match (ports.next(), ports.next()) {
-            (None, _) => offer.port.as_deref().map(parse_port).transpose()?.unwrap_or(DEFAULT_PORT),
+            (None, _) if offer.ports.is_empty() => DEFAULT_PORT,
+            (None, _) => parse_port(only(&offer.ports).ok_or(RequestError::InvalidPort)?)?,
             (Some(value), None) => parse_port(value.to_str().map_err(|_| RequestError::InvalidPort)?)?,
             (Some(_), Some(_)) => return Err(RequestError::InvalidPort),
         };
@@ -77,10 +83,18 @@ impl Credentials {
     }
 }
 
+/// The item of a list that has one.
+fn only(list: &[String]) -> Option<&str> {
+    match list {
+        [item] => Some(item),
+        _ => None,
+    }
+}
+
 fn parse_port(text: &str) -> Result<u16, RequestError> {
     let text = text.trim();
-    // `parse` alone would take a sign.
-    if !text.bytes().all(|byte| byte.is_ascii_digit()) {
+    // `parse` alone would take a sign, and zeros without end.
+    if text.len() > MAX_PORT_DIGITS || !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(RequestError::InvalidPort);
     }
     text.parse().ok().filter(|&port| port != 0).ok_or(RequestError::InvalidPort)
@@ -112,7 +126,7 @@ mod tests {
 
     #[test]
     fn malformed_ports_are_refused() {
-        for port in ["", "0", "65536", "-1", "+80", "8080x", "0x50", "80,81", "8 0", "99999999999999999999", "é"] {
+        for port in ["", "0", "65536", "-1", "+80", "8080x", "0x50", "80,81", "8 0", "99999999999999999999", "000080", "é"] {
             assert_eq!(read(&[("x-aws-proxy-port", port)]), None, "{port:?}");
         }
         assert_eq!(read(&[("x-aws-proxy-port", "80"), ("x-aws-proxy-port", "81")]), None);
@@ -131,6 +145,19 @@ mod tests {
         headers.insert("x-aws-proxy-auth", HeaderValue::from_static("header"));
         headers.insert("x-aws-proxy-port", HeaderValue::from_static("1"));
         assert_eq!(Credentials::read(&headers, &offer).unwrap(), Credentials { token: Some("header".into()), port: 1 });
+    }
+
+    #[test]
+    fn of_several_tokens_or_ports_none_counts() {
+        assert_eq!(read(&[("x-aws-proxy-auth", "a"), ("x-aws-proxy-auth", "b")]), Some((None, 8080)));
+        let offered = |protocols: &str| {
+            let mut headers = map(&[("sec-websocket-protocol", protocols)]);
+            let offer = Offer::take(&mut headers);
+            Credentials::read(&headers, &offer).ok().map(|read| (read.token, read.port))
+        };
+        let twice = "lambda-microvms, lambda-microvms.authentication.a, lambda-microvms.authentication.b";
+        assert_eq!(offered(twice), Some((None, 8080)));
+        assert_eq!(offered("lambda-microvms, lambda-microvms.port.80, lambda-microvms.port.80"), None);
     }
 
     #[test]

@@ -43,6 +43,9 @@ pub(crate) enum RequestError {
     /// the request names several hosts
     #[error("Invalid host: expected one host name")]
     InvalidHost,
+    /// the request names another host than the TLS client did
+    #[error("This connection is for another host")]
+    Misdirected,
     /// an upgrade that is no WebSocket handshake
     #[error("Invalid upgrade: expected a WebSocket handshake")]
     InvalidUpgrade,
@@ -75,6 +78,7 @@ impl RequestError {
             Self::Refused(_)
             | Self::InvalidPort
             | Self::InvalidHost
+            | Self::Misdirected
             | Self::InvalidUpgrade
             | Self::ShellToken
             | Self::MethodNotAllowed
@@ -88,6 +92,7 @@ impl RequestError {
         match self {
             Self::Refused(_) => StatusCode::FORBIDDEN,
             Self::InvalidPort | Self::InvalidHost | Self::InvalidUpgrade | Self::Upload(_) => StatusCode::BAD_REQUEST,
+            Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::Connect(ConnectError::TooSlow(_)) => StatusCode::SERVICE_UNAVAILABLE,
             Self::ShellToken | Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::NoTls(_) | Self::UnaskedUpgrade => {

@@ -3,12 +3,13 @@
 use std::{io, sync::Arc, time::Duration};
 
 use hearth_control::plane::DataPlane;
-use rustls::ServerConfig;
+use rustls::{ServerConfig, server::Acceptor};
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     time::{sleep, timeout},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
@@ -16,6 +17,9 @@ use crate::{app::AppTls, proxy::Proxy};
 
 /// How long to leave the listener alone when the process is out of file descriptors; there is no event to wait for.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A TLS record with the fatal alert of that name (RFC 6066, 3): rustls would say that the client lacks leave.
+const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 
 /// Limits of the endpoint proxy.
 #[derive(Debug, Clone)]
@@ -118,7 +122,14 @@ impl Server {
     async fn handshake(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         // Small writes are answers that somebody waits for.
         stream.set_nodelay(true)?;
-        self.tls.accept(stream).await
+        let mut hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        let config = self.tls.config();
+        if config.cert_resolver.resolve(hello.client_hello()).is_none() {
+            hello.io.write_all(&UNRECOGNIZED_NAME).await?;
+            hello.io.shutdown().await?;
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the client asks for a name that is no endpoint's"));
+        }
+        hello.into_stream(Arc::clone(config)).await
     }
 }
 

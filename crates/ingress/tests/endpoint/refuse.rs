@@ -56,11 +56,15 @@ async fn refusals_are_the_service_s() {
 }
 
 #[tokio::test]
-async fn the_host_header_must_name_an_endpoint() {
+async fn the_host_header_must_name_the_endpoint_of_the_tls_client() {
     let endpoint = endpoint().await;
     let auth = endpoint.auth();
-    for host in ["localhost", "127.0.0.1", "ffff.lambda-microvm.us-east-1.localhost", "example.com"] {
+    for host in ["localhost", "127.0.0.1", ELSEWHERE, "example.com"] {
         let answer = endpoint.curl_as(HOST, "/", &["-H", &auth, "-H", &format!("Host: {host}")]).await.unwrap();
+        assert_eq!((answer.status, answer.text()), (421, "This connection is for another host"), "{host}");
+    }
+    for host in ["localhost", "ffff.lambda-microvm.us-east-1.localhost"] {
+        let answer = endpoint.curl_as(host, "/", &["-H", &auth]).await.unwrap();
         assert_eq!((answer.status, answer.text()), (403, "Token authentication failed"), "{host}");
     }
     let upper = format!("Host: {}", HOST.to_uppercase());

@@ -35,10 +35,11 @@ async fn clients_get_http2_if_they_have_it() {
 }
 
 #[tokio::test]
-async fn names_that_are_no_endpoint_s_get_no_certificate() {
+async fn names_that_are_no_endpoint_s_are_not_recognised() {
     let endpoint = endpoint().await;
     for name in ["example.com", "a.b.lambda-microvm.us-east-1.localhost"] {
-        assert!(Client::new(endpoint.address, &endpoint.ca(), name).await.is_err(), "{name}");
+        let refusal = Client::new(endpoint.address, &endpoint.ca(), name).await.err().unwrap();
+        assert!(refusal.to_string().contains("UnrecognisedName"), "{name}: {refusal}");
     }
     for name in ["localhost", "127.0.0.1"] {
         assert!(Client::new(endpoint.address, &endpoint.ca(), name).await.is_ok(), "{name}");
