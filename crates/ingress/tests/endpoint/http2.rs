@@ -65,7 +65,7 @@ async fn refusals_are_answers_on_their_own_streams() {
         (Request::builder().uri(format!("https://{HOST}/")), 403, "Request missing authentication"),
         (request2(&endpoint, "GET", "/").header("x-aws-proxy-port", "22"), 403, "Access to port denied"),
         (request2(&endpoint, "GET", "/").header("x-aws-proxy-port", "x"), 400, "Invalid x-aws-proxy-port: expected a port from 1 to 65535"),
-        (request2(&endpoint, "GET", "/").uri("https://localhost/"), 403, "Token authentication failed"),
+        (request2(&endpoint, "GET", "/").uri("https://localhost/"), 421, "This connection is for another host"),
         (request2(&endpoint, "GET", "/"), 200, "hello"),
     ] {
         let answer = client.send(request.body(empty()).unwrap()).await.unwrap();
