@@ -18,6 +18,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    capacity::Capacity,
     connectors::Policies,
     cursor::Cursors,
     images::{self, Snapshots},
@@ -98,6 +99,7 @@ impl Control {
         let (changes, _) = watch::channel(0);
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let snapshots = Arc::new(Snapshots::new(settings.data_dir.clone()));
+        let capacity = Capacity::new(settings.capacity);
         let policies = Arc::new(Policies::new(store.clone(), settings.connectors.clone()));
         let images = Arc::new(images::Shared {
             store: store.clone(),
@@ -108,6 +110,8 @@ impl Control {
             snapshots: Arc::clone(&snapshots),
             policies: Arc::clone(&policies),
             roles: Arc::clone(&roles),
+            capacity: Arc::clone(&capacity),
+            sizes: settings.sizes(),
             turns: Semaphore::new(settings.max_concurrent_builds.max(1)),
             settings: settings.clone(),
             stop: stop.clone(),
@@ -122,6 +126,7 @@ impl Control {
             logs: Arc::clone(&logs),
             roles,
             guests: settings.guests,
+            capacity,
             dir: settings.data_dir.join("microvms"),
             stop_grace: settings.stop_grace,
             terminated: Notify::new(),

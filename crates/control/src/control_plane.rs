@@ -16,11 +16,10 @@ use uuid::Uuid;
 
 use crate::{
     arn::{ImageArn, MANAGED_IMAGES, check_shell, managed_connector, managed_image},
-    capacity,
     control::{Control, Inner},
     error::ControlError,
     hooks::{Hook, Hooks},
-    images::{self, FIRST, Job, Shape},
+    images::{self, FIRST, Job, ShapeError, Sizes},
     managed,
     microvm::{self, Call, STOPPING},
     plane::ControlPlane,
@@ -252,7 +251,7 @@ impl Control {
 impl Inner {
     async fn create_image(&self, caller: &Caller, request: CreateImage) -> Result<(Image, ImageVersion), ControlError> {
         let CreateImage { name, mut spec, tags, client_token } = request;
-        check_spec(caller, &spec)?;
+        check_spec(caller, self.images.sizes, &spec)?;
         let fingerprint = fingerprint(&serde_json::json!([name, spec, tags]));
         spec.egress_network_connectors = self.image_egress(caller, spec.egress_network_connectors).await?;
         let (id, build_id) = (Uuid::new_v4().to_string(), Uuid::new_v4().to_string());
@@ -329,7 +328,10 @@ impl Inner {
             let text = "The run hook must be enabled in the MicroVM image to pass the run hook payload.";
             return Err(ControlError::Invalid(text.to_owned()));
         }
-        capacity::check(spec.memory_mib, self.settings.memory_reserve_mib)?;
+        // What it was built with; a snapshot that cannot be opened is found to be so by the launch.
+        let snapshot = self.microvms.snapshots.get(&image.id, number).await;
+        let guest_mib = snapshot.map_or(spec.memory_mib, |snapshot| snapshot.manifest.memory_mib);
+        let promised = self.microvms.capacity.admit_clone(guest_mib)?;
 
         let id = format!("microvm-{}", Uuid::new_v4());
         let endpoint = format!("{}.lambda-microvm.{}.{}", Uuid::new_v4(), caller.region, self.settings.domain);
@@ -405,7 +407,7 @@ impl Inner {
             suspended_at: None,
             suspended_by: None,
         };
-        self.registry.insert(microvm::Handle::start(&self.microvms, record));
+        self.registry.insert(microvm::Handle::start(&self.microvms, record, Some(promised)));
         Ok(vm)
     }
 
@@ -523,7 +525,7 @@ fn own_arn(caller: &Caller, text: &str) -> Result<ImageArn, ControlError> {
 }
 
 /// What only the domain knows about an image's specification; the API checks the rest.
-pub(crate) fn check_spec(caller: &Caller, spec: &ImageSpec) -> Result<(), ControlError> {
+pub(crate) fn check_spec(caller: &Caller, sizes: Sizes, spec: &ImageSpec) -> Result<(), ControlError> {
     let base = &spec.base_image_arn;
     if !base.starts_with("arn:") {
         return Err(ControlError::Invalid(format!("Invalid ARN format: {base}")));
@@ -534,13 +536,14 @@ pub(crate) fn check_spec(caller: &Caller, spec: &ImageSpec) -> Result<(), Contro
         return Err(ControlError::Invalid(format!("No managed MicroVM Image with arn {base} and version {version} is available")));
     }
     ObjectUri::parse(&spec.code_artifact_uri).map_err(|error| ControlError::Invalid(error.to_string()))?;
-    if Shape::of(spec.memory_mib).is_none() {
-        return Err(ControlError::Invalid(format!(
+    match sizes.shape(spec.memory_mib) {
+        Ok(_) => Ok(()),
+        Err(error @ ShapeError::TooLarge { .. }) => Err(ControlError::Invalid(error.to_string())),
+        Err(ShapeError::Unknown) => Err(ControlError::Invalid(format!(
             "The requested memory size of {} MiB is not supported by base MicroVM image {base}. Supported memory sizes in MiB are: [512, 1024, 2048, 4096, 8192].",
             spec.memory_mib
-        )));
+        ))),
     }
-    Ok(())
 }
 
 fn run_fingerprint(request: &RunMicrovm) -> String {

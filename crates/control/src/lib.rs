@@ -36,4 +36,4 @@ mod versions;
 
 pub use control::{Control, Deps, StartError};
 pub use error::ControlError;
-pub use settings::{GuestSettings, Settings};
+pub use settings::{ActivitySettings, CapacitySettings, GuestSettings, GuestSize, Settings};

@@ -160,6 +160,9 @@ pub enum ConnectError {
     /// nothing listens there, the app is gone, the MicroVM is terminated or sleeps and must not be woken: 502
     #[error("{0}")]
     Unreachable(String),
+    /// the MicroVM sleeps on, because its host could not resume it: 503 with `Retry-After`. The reason is the operator's.
+    #[error("the MicroVM could not be woken")]
+    NotWoken(String),
     /// the MicroVM did not wake in time: 503 with `Retry-After`
     #[error("the MicroVM did not wake within {} s", .0.as_secs())]
     TooSlow(Duration),

@@ -1,11 +1,11 @@
-//! Takes a machine's events apart: its log lines go to the log, the rest to whoever drives it.
+//! Takes a machine's events apart: its log lines go to the log, the rest to whoever drives it. A disk that fails is news for both.
 
 use std::time::Duration;
 
 use hearth_machine::MachineEvent;
 use tokio::{sync::mpsc, task::JoinHandle};
 
-use crate::logs::{LogLine, LogWriter};
+use crate::logs::{LogLine, LogOrigin, LogWriter};
 
 /// Events other than log lines that wait for the driver. There are a few in a machine's life; what a guest invents beyond that is lost.
 const EVENT_QUEUE: usize = 256;
@@ -24,6 +24,11 @@ impl Pump {
         let task = tokio::spawn(async move {
             let Some(mut events) = events else { return };
             while let Some(event) = events.recv().await {
+                if let MachineEvent::DiskFailed { full } = event {
+                    let why = if full { "the host's disk is full" } else { "the host's disk fails" };
+                    let text = format!("The MicroVM's disk could not be read or written because {why}. Its programs see I/O errors.");
+                    log.append(LogLine::now(LogOrigin::System, text)).await;
+                }
                 match event {
                     MachineEvent::Log(record) => log.append(LogLine::from(record)).await,
                     // Nobody may be waiting any more, and that must not keep the log back.

@@ -44,10 +44,10 @@ pub struct Quotas {
     pub shell_token: Rate,
 }
 
-/// How the memory of a MicroVM is counted.
+/// How the memory of a MicroVM is counted, whatever its guest sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemoryAccounting {
-    /// As much as its image asks for, which is what it has here.
+    /// As much as its image asks for.
     Baseline,
     /// Four times that, which is what AWS counts.
     Peak,

@@ -34,7 +34,7 @@ pub(crate) async fn recover(
     remove_orphans(images, &records).await?;
     for record in records {
         let over = record.vm.state == MicrovmState::Terminated;
-        registry.insert(if over { microvm::Handle::terminated(record) } else { microvm::Handle::start(microvms, record) });
+        registry.insert(if over { microvm::Handle::terminated(record) } else { microvm::Handle::start(microvms, record, None) });
     }
     Ok(handles)
 }

@@ -28,7 +28,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Control, Deps, Settings,
+    CapacitySettings, Control, Deps, Settings,
     arn::managed_image,
     logs::{LogStore, Retention},
     plane::{Admission, ConnectError, ControlPlane, DataPlane},
@@ -659,7 +659,11 @@ impl Roles for FakeRoles {
 }
 
 fn settings(dir: &Path) -> Settings {
-    Settings { memory_reserve_mib: 0, max_concurrent_builds: 1, ..Settings::new(dir.to_owned()) }
+    Settings {
+        capacity: CapacitySettings { reserve_mib: 0, ..CapacitySettings::default() },
+        max_concurrent_builds: 1,
+        ..Settings::new(dir.to_owned())
+    }
 }
 
 async fn start(dir: &Path, engine: &Arc<FakeEngine>, builder: &Arc<FakeBuilder>, settings: Settings) -> (Arc<LogStore>, Arc<Control>) {

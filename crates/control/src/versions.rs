@@ -19,7 +19,7 @@ impl Inner {
     pub async fn update_image(&self, caller: &Caller, image: &str, request: UpdateImage) -> Result<(Image, ImageVersion), ControlError> {
         let UpdateImage { mut spec, client_token } = request;
         let row = self.find_image(caller, image).await?;
-        check_spec(caller, &spec)?;
+        check_spec(caller, self.images.sizes, &spec)?;
         let fingerprint = fingerprint(&serde_json::json!([row.id, spec]));
         spec.egress_network_connectors = self.image_egress(caller, spec.egress_network_connectors).await?;
         let token = client_token.map(|token| (token, fingerprint));

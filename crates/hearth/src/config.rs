@@ -18,6 +18,7 @@
 //! ```
 
 mod guests;
+mod machines;
 mod quotas;
 
 use std::{
@@ -33,6 +34,7 @@ use hearth_machine::network::Links;
 use serde::{Deserialize, Deserializer, de};
 
 pub use guests::{ExtensionsConfig, RolesConfig};
+pub use machines::{ActivityConfig, CapacityConfig, GuestSize};
 pub use quotas::{ConnectorConfig, QuotasConfig};
 
 use crate::credentials::Credentials;
@@ -81,6 +83,13 @@ pub struct ServeConfig {
     pub wake_timeout_seconds: u32,
     /// Time that terminated MicroVMs stay in lists, in seconds. 86400, a day.
     pub terminated_retention_seconds: u32,
+    /// What guests see of the size that their image asks for: `baseline`, that size, or `peak`, four times its memory and AWS's processors for
+    /// it, as far as the host has them. Applies to images that are built from then on. `baseline`.
+    pub guest_size: GuestSize,
+    /// How much of the host's memory MicroVMs may have.
+    pub capacity: CapacityConfig,
+    /// What keeps MicroVMs awake, beside bytes that cross their endpoints.
+    pub activity: ActivityConfig,
     /// What each account may have and do in each region.
     pub quotas: QuotasConfig,
     /// What MicroVMs may reach through network connectors, by the connectors' names. None.
@@ -279,6 +288,9 @@ impl Default for ServeConfig {
             ready_timeout_seconds: 300,
             wake_timeout_seconds: 60,
             terminated_retention_seconds: 86_400,
+            guest_size: GuestSize::Baseline,
+            capacity: CapacityConfig::default(),
+            activity: ActivityConfig::default(),
             quotas: QuotasConfig::default(),
             connectors: BTreeMap::new(),
             network: NetworkConfig::default(),
@@ -410,12 +422,17 @@ impl ServeConfig {
             ("wake_timeout_seconds", self.wake_timeout_seconds, 600, "a number of seconds from 1 to 600"),
             ("logs.retention_days", self.logs.retention_days, 3_653, "a number of days from 1 to 3653"),
             ("logs.group_mib", self.logs.group_mib, 1 << 20, "a number of MiB from 1 to 1048576"),
+            ("capacity.memory_mib", self.capacity.memory_mib.unwrap_or(1), u32::MAX, "a number of MiB above 0"),
+            ("activity.cpu_percent", self.activity.cpu_percent.unwrap_or(1).into(), 100, "a number of percent from 1 to 100"),
             ("max_concurrent_builds", self.max_concurrent_builds.unwrap_or(1), 64, "a number from 1 to 64"),
         ];
         for (key, value, most, expected) in seconds {
             if !(1..=most).contains(&value) {
                 return refuse(key, &value, expected);
             }
+        }
+        if !(1.0..=64.0).contains(&self.capacity.overcommit) {
+            return refuse("capacity.overcommit", &self.capacity.overcommit, "a number from 1 to 64");
         }
         if let Some(bad) = self.credentials.iter().find(|pair| !pair.is_usable()) {
             return refuse("credentials.access_key_id", &bad.access_key_id, "3 to 128 letters and digits, and a secret that is not empty,");
@@ -609,6 +626,8 @@ mod tests {
             ("domain = \".localhost\"", "domain = .localhost"),
             ("min_idle_seconds = 0", "min_idle_seconds = 0"),
             ("wake_timeout_seconds = 601", "wake_timeout_seconds = 601"),
+            ("capacity.overcommit = 0.5", "capacity.overcommit = 0.5"),
+            ("activity.cpu_percent = 0", "activity.cpu_percent = 0"),
             ("max_concurrent_builds = 0", "max_concurrent_builds = 0"),
             ("logs.retention_days = 0", "logs.retention_days = 0"),
             ("logs.group_mib = 0", "logs.group_mib = 0"),

@@ -7,7 +7,7 @@ use hearth_control::plane::{ConnectError, Refusal};
 use http::{HeaderValue, Response, StatusCode, header};
 use http_body_util::Full;
 
-/// After this many seconds a client that met [`ConnectError::TooSlow`] may try again.
+/// After this many seconds a client whose MicroVM did not wake may try again.
 const RETRY_AFTER_SECONDS: u16 = 5;
 
 /// Whose doing an error is.
@@ -83,7 +83,7 @@ impl RequestError {
             | Self::ShellToken
             | Self::MethodNotAllowed
             | Self::Upload(_) => Side::Client,
-            Self::Connect(ConnectError::TooSlow(_)) => Side::Us,
+            Self::Connect(ConnectError::TooSlow(_) | ConnectError::NotWoken(_)) => Side::Us,
             Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::NoTls(_) | Self::UnaskedUpgrade => Side::Guest,
         }
     }
@@ -94,7 +94,7 @@ impl RequestError {
             Self::InvalidPort | Self::InvalidHost | Self::InvalidUpgrade | Self::Upload(_) => StatusCode::BAD_REQUEST,
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Connect(ConnectError::TooSlow(_)) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Connect(ConnectError::TooSlow(_) | ConnectError::NotWoken(_)) => StatusCode::SERVICE_UNAVAILABLE,
             Self::ShellToken | Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::NoTls(_) | Self::UnaskedUpgrade => {
                 StatusCode::BAD_GATEWAY
             }

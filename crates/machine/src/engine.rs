@@ -143,6 +143,11 @@ pub enum MachineEvent {
     Listening(u16),
     /// The application's main process ended.
     AppExited(ExitStatus),
+    /// The host could not read or write the machine's disk, and the guest was told so: an I/O error. Once in a life.
+    DiskFailed {
+        /// Because the host's disk is full.
+        full: bool,
+    },
     /// Output of the application.
     Log(LogRecord),
     /// The machine is gone, and not because it was asked to be. Always the last event.

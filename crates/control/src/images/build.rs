@@ -26,7 +26,7 @@ use crate::{
     types::BuildSizes,
 };
 
-use super::{Identity, Job, Shape, Shared, endpoints, image_dir, version_dir};
+use super::{Identity, Job, Shared, endpoints, image_dir, shape::Shape, version_dir};
 
 /// Lines of build output that wait for the log; the build waits when there are more.
 const LOG_QUEUE: usize = 256;
@@ -36,6 +36,7 @@ const HOSTNAME: &str = "localhost";
 pub(crate) const HOST_STOPPED: &str = "INTERNAL_PLATFORM_ERROR: The host stopped during the build.";
 /// What it says of failures that are not the image's fault.
 pub const HOST_FAILED: &str = "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why.";
+const DISK_FULL: &str = "DISK_STORAGE_FULL: The host's disk is full.";
 
 /// Why there is no snapshot.
 #[derive(Debug)]
@@ -105,10 +106,16 @@ impl Pipeline {
         self.sizes.code_install = Some(built.content_bytes);
         // Ends the log of the first phase: whoever follows it goes on with this one.
         self.log = self.console.take().unwrap_or(self.log.clone());
+        // Until the snapshot is made, or the build is over.
+        let mut promised = shared.capacity.admit_boot(self.shape()?.memory_mib).map_err(|shortage| {
+            tracing::warn!(build = build_id, %shortage, "a build is refused");
+            format!("INTERNAL_PLATFORM_ERROR: {shortage}")
+        })?;
         let machine = tokio::select! {
             booted = self.boot(work, rootfs) => booted?,
             () = shared.stop.cancelled() => return Err(stopped()),
         };
+        promised.started();
         let snapshot = self.make_snapshot(machine, &built.config).await?;
         let manifest = &snapshot.manifest;
         self.sizes.disk_snapshot = Some(manifest.disk_bytes);
@@ -142,7 +149,7 @@ impl Pipeline {
 
     /// Runs the Dockerfile; its output is logged as it appears.
     async fn build_rootfs(&self, work: &Path, archive: PathBuf, rootfs: &Path) -> Result<Built, String> {
-        let shape = Shape::of(self.job.spec.memory_mib).ok_or("The requested memory size is not supported.")?;
+        let shape = self.shape()?;
         let (lines, mut output) = mpsc::channel::<String>(LOG_QUEUE);
         let request = BuildRequest {
             id: self.job.build_id.clone(),
@@ -176,7 +183,8 @@ impl Pipeline {
             Err(error @ (ControlError::ConnectorNotFound(_) | ControlError::InvalidTags(_))) => return Err(error.to_string()),
             Err(error) => return Err(self.host_failed(&error).await),
         };
-        self.say(format!("Booting with {} MiB of memory.", spec.memory_mib)).await;
+        let shape = self.shape()?;
+        self.say(format!("Booting with {} MiB of memory and {} vCPU.", shape.memory_mib, shape.vcpus)).await;
         let id = format!("build-{}", self.job.build_id);
         // The app's build hooks act with the build role (SPEC 8.1).
         let api = self.shared.settings.guests.api;
@@ -188,8 +196,8 @@ impl Pipeline {
                 id,
                 dir: work.join("machine"),
                 rootfs,
-                vcpus: Shape::of(spec.memory_mib).map_or(1, |shape| shape.vcpus),
-                memory_mib: spec.memory_mib,
+                vcpus: shape.vcpus,
+                memory_mib: shape.memory_mib,
                 egress,
                 services: Arc::new(services),
                 timeout: self.shared.settings.boot_timeout,
@@ -255,6 +263,8 @@ impl Pipeline {
                 }
                 Ok(Some(MachineEvent::AppExited(status))) => return Err(format!("Container Stopped with Exit Code: {}", status.code)),
                 Ok(Some(MachineEvent::Died { reason })) => return Err(self.host_failed(&reason).await),
+                Ok(Some(MachineEvent::DiskFailed { full: true })) => return Err(DISK_FULL.to_owned()),
+                Ok(Some(MachineEvent::DiskFailed { full: false })) => return Err(self.host_failed(&"the host's disk failed").await),
                 Ok(Some(MachineEvent::Log(_))) => {}
                 Ok(None) => return Err(self.host_failed(&"the machine's events ended").await),
                 Err(_elapsed) => {
@@ -289,6 +299,11 @@ impl Pipeline {
         }
     }
 
+    /// The one place where a size becomes a machine: what the settings say when the build runs.
+    fn shape(&self) -> Result<Shape, String> {
+        self.shared.sizes.shape(self.job.spec.memory_mib).map_err(|error| error.to_string())
+    }
+
     async fn say(&self, text: String) {
         self.log.append(LogLine::now(LogOrigin::Build, text)).await;
     }
@@ -303,7 +318,7 @@ impl Pipeline {
 
     async fn io_failed(&self, what: &str, error: &io::Error) -> String {
         let reason = self.host_failed(&format!("{what}: {error}")).await;
-        if error.kind() == io::ErrorKind::StorageFull { "DISK_STORAGE_FULL: The host's disk is full.".to_owned() } else { reason }
+        if error.kind() == io::ErrorKind::StorageFull { DISK_FULL.to_owned() } else { reason }
     }
 }
 

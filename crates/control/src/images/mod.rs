@@ -37,6 +37,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    capacity::Capacity,
     connectors::Policies,
     logs::{LogGroup, LogStore, Route, build_streams},
     records::{millis, time, version_name},
@@ -47,7 +48,7 @@ use crate::{
 
 pub(crate) use build::HOST_STOPPED;
 pub(crate) use driver::{FIRST, failed_state};
-pub(crate) use shape::Shape;
+pub(crate) use shape::{ShapeError, Sizes};
 pub(crate) use snapshots::{Snapshots, image_dir, version_dir};
 
 /// What every image's driver works with.
@@ -60,6 +61,8 @@ pub(crate) struct Shared {
     pub snapshots: Arc<Snapshots>,
     pub policies: Arc<Policies>,
     pub roles: Arc<dyn Roles>,
+    pub capacity: Arc<Capacity>,
+    pub sizes: Sizes,
     pub settings: Settings,
     /// One for each build that may run.
     pub turns: Semaphore,

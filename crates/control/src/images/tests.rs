@@ -6,7 +6,7 @@ use futures::StreamExt;
 use hearth_machine::MachineEvent;
 
 use crate::{
-    ControlError,
+    CapacitySettings, ControlError, GuestSize,
     logs::{LogGroup, build_streams},
     plane::ControlPlane,
     testing::{Frozen, World, caller, create, exited, image_arn, log_line, run, spec, within},
@@ -176,6 +176,38 @@ async fn builds_take_turns() {
         assert_eq!(world.settled(name).await.state, ImageState::Created);
     }
     assert_eq!(world.builder.most_at_once.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn a_host_without_memory_refuses_sizes_and_builds() {
+    let world = World::with(|settings| {
+        settings.capacity = CapacitySettings { memory_mib: Some(4096), reserve_mib: 0, overcommit: 1.0 };
+    })
+    .await;
+    let sized = async |name: &str, memory_mib| {
+        let mut request = create(name);
+        request.spec.memory_mib = memory_mib;
+        world.control.create_image(&caller(), request).await
+    };
+    let error = sized("large", 8192).await.unwrap_err();
+    assert!(matches!(&error, ControlError::Invalid(text) if text.contains("more than the 4096 MiB")), "{error}");
+
+    world.build("demo").await;
+    let vm = world.run(None).await;
+    sized("tight", 4096).await.unwrap();
+    assert_eq!(world.settled("tight").await.state, ImageState::CreateFailed);
+    let reason = world.build_reason("tight").await;
+    assert!(reason.starts_with("INTERNAL_PLATFORM_ERROR: ") && reason.contains("512 MiB are promised"), "{reason}");
+    assert_eq!(world.get(&vm.id).await.state, MicrovmState::Running);
+}
+
+#[tokio::test]
+async fn a_snapshot_keeps_the_size_that_it_was_built_with() {
+    let world = World::with(|settings| settings.guest_size = GuestSize::Peak).await;
+    world.build("demo").await;
+    let image = world.names("images").remove(0);
+    let manifest = std::fs::read_to_string(world.path(&format!("images/{image}/1.0/manifest.json"))).unwrap();
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&manifest).unwrap()["memory_mib"], 2048);
 }
 
 #[tokio::test]

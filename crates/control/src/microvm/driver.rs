@@ -15,6 +15,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
+    capacity::Reservation,
     logs::{LogGroup, LogLine, LogOrigin, LogWriter, Route, stream_name},
     plane::Activity,
     records,
@@ -57,11 +58,13 @@ pub struct Driver {
     stopping: bool,
     lifetime_end: Instant,
     suspended_end: Option<Instant>,
-    failed_resumes: u64,
+    failed_wakes: u64,
+    /// While there is a machine, or is about to be one.
+    promised: Option<Reservation>,
 }
 
 impl Driver {
-    pub fn new(shared: Arc<Shared>, record: Record, channels: Channels) -> Self {
+    pub fn new(shared: Arc<Shared>, record: Record, channels: Channels, promised: Option<Reservation>) -> Self {
         let group = LogGroup::of_image(&record.account, &record.region, &record.image_name);
         let stream = stream_name(record.vm.started_at, &record.vm.version, &record.vm.id);
         let route = Route::new(group, stream, record.logging.as_ref());
@@ -90,7 +93,8 @@ impl Driver {
             stopping: false,
             lifetime_end,
             suspended_end: None,
-            failed_resumes: 0,
+            failed_wakes: 0,
+            promised,
         };
         if driver.record.vm.state == MicrovmState::Pending {
             driver.launch(LaunchSource::Snapshot);
@@ -145,8 +149,10 @@ impl Driver {
     }
 
     async fn consider_alone(&mut self, message: Message) {
-        if let Err(error) = self.consider(message.clone()).await {
-            tracing::error!(id = self.record.vm.id, ?message, %error, "a MicroVM's transition failed");
+        match self.consider(message.clone()).await {
+            Ok(()) => {}
+            Err(CallError::NoRoom(shortage)) => tracing::warn!(id = self.record.vm.id, %shortage, "a MicroVM is not woken"),
+            Err(error) => tracing::error!(id = self.record.vm.id, ?message, %error, "a MicroVM's transition failed"),
         }
     }
 
@@ -236,7 +242,7 @@ impl Driver {
         match event {
             MachineEvent::AppExited(status) => self.consider_alone(Message::AppExited(status.code)).await,
             MachineEvent::Died { reason } => self.consider_alone(Message::Died(reason)).await,
-            MachineEvent::Listening(_) | MachineEvent::Log(_) => {}
+            MachineEvent::Listening(_) | MachineEvent::Log(_) | MachineEvent::DiskFailed { .. } => {}
         }
     }
 
@@ -295,12 +301,25 @@ impl Driver {
     }
 
     async fn resume(&mut self) -> Result<(), CallError> {
+        // A snapshot that cannot be opened is found to be so by the launch.
+        let snapshot = self.shared.snapshots.get(&self.record.image_id, self.record.number).await;
+        let memory_mib = snapshot.map_or(0, |snapshot| snapshot.manifest.memory_mib);
+        let promised = match self.shared.capacity.admit_clone(memory_mib) {
+            Ok(promised) => promised,
+            Err(shortage) => {
+                // Those who wait are told; it sleeps on as before.
+                self.failed_wakes += 1;
+                self.publish(None);
+                return Err(shortage.into());
+            }
+        };
         let mut record = self.record.clone();
         record.vm.state = MicrovmState::Pending;
         record.vm.state_reason = None;
         record.generation += 1;
         save(&self.shared, &record).await?;
         self.record = record;
+        self.promised = Some(promised);
         self.suspended_end = None;
         self.publish(None);
         self.launch(LaunchSource::Suspended);
@@ -311,6 +330,9 @@ impl Driver {
         self.record.vm.state = MicrovmState::Running;
         self.record.suspended_at = None;
         self.record.suspended_by = None;
+        if let Some(promised) = &mut self.promised {
+            promised.started();
+        }
         self.save_after_the_fact().await;
         self.channels.activity.touch();
         self.publish(self.dialer());
@@ -345,6 +367,7 @@ impl Driver {
     async fn enter_suspended(&mut self) {
         self.record.vm.state = MicrovmState::Suspended;
         self.record.suspended_at = Some(SystemTime::now());
+        self.promised = None;
         if self.stopping {
             // Whoever asked first: it would have been resumed, or kept running, had the host not stopped.
             self.next = None;
@@ -360,7 +383,8 @@ impl Driver {
         self.record.vm.state = MicrovmState::Suspended;
         self.record.vm.state_reason = Some(reason);
         self.next = None;
-        self.failed_resumes += 1;
+        self.failed_wakes += 1;
+        self.promised = None;
         self.save_after_the_fact().await;
         self.suspended_end = self.suspended_end();
         self.publish(None);
@@ -391,6 +415,7 @@ impl Driver {
     async fn enter_terminated(&mut self) {
         self.record.vm.state = MicrovmState::Terminated;
         self.record.vm.terminated_at = Some(SystemTime::now());
+        self.promised = None;
         self.save_after_the_fact().await;
         self.publish(None);
         self.shared.terminated.notify_one();
@@ -406,7 +431,7 @@ impl Driver {
         self.channels.publish.send_replace(View {
             vm: Arc::new(self.record.vm.clone()),
             wakes: wakes(&self.record),
-            failed_resumes: self.failed_resumes,
+            failed_wakes: self.failed_wakes,
             dialer,
         });
         self.shared.changes.send_modify(|count| *count += 1);

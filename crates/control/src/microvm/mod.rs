@@ -23,7 +23,8 @@
 //!   After that point it is remembered and follows at once. A terminate does not wait for the hook.
 //! - **SUSPENDED**: no process, no memory. Ends after `suspendedDurationSeconds`, unless that is 0 (then idle terminates, and only an explicit
 //!   suspend comes here) or the host's shutdown suspended it, which is not the user's doing: such a MicroVM wakes whatever its policy says.
-//!   A resume that fails before the machine has run leads back here: nothing is lost, and whoever waited is told.
+//!   A resume that fails before the machine has run leads back here: nothing is lost, and whoever waited is told. One for which the host has
+//!   no memory is not begun. A wake goes on even if nobody waits for it any more.
 //! - **TERMINATING**, **TERMINATED**: an app that was RUNNING and is ended by a call or a timer has its `/terminate` hook called, is sent its
 //!   stop signal, and has a moment to follow it. The machine is killed, its files are deleted, its record stays for a while.
 //!
@@ -57,6 +58,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     arn::{allows_http, check_shell},
+    capacity::{Capacity, Reservation, Shortage},
     connectors::Policies,
     error::ControlError,
     hooks::Hooks,
@@ -79,6 +81,7 @@ pub(crate) struct Shared {
     pub logs: Arc<LogStore>,
     pub roles: Arc<dyn Roles>,
     pub guests: GuestSettings,
+    pub capacity: Arc<Capacity>,
     /// Parent of the MicroVMs' directories.
     pub dir: PathBuf,
     /// How long an app may take to end after its stop signal.
@@ -127,8 +130,8 @@ pub(crate) struct View {
     pub vm: Arc<Microvm>,
     /// A request resumes it if it is suspended.
     wakes: bool,
-    /// Counts resumes that failed and left it suspended.
-    failed_resumes: u64,
+    /// Counts wakes that failed and left it suspended.
+    failed_wakes: u64,
     /// Present while requests can be sent to it.
     dialer: Option<Arc<dyn Dial>>,
 }
@@ -160,6 +163,9 @@ enum CallError {
     /// the MicroVM is over
     #[error("the MicroVM is terminated")]
     Terminated,
+    /// the host has no memory to resume it
+    #[error(transparent)]
+    NoRoom(#[from] Shortage),
     /// the transition could not be recorded
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -199,10 +205,10 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// Starts the driver of a MicroVM in state `PENDING`, which launches it, or `SUSPENDED`, which waits.
-    pub fn start(shared: &Arc<Shared>, record: Record) -> Arc<Self> {
+    /// Starts the driver of a MicroVM in state `PENDING`, which launches it with the memory it is promised, or `SUSPENDED`, which waits.
+    pub fn start(shared: &Arc<Shared>, record: Record, promised: Option<Reservation>) -> Arc<Self> {
         Self::build(record, |channels, record| {
-            let driver = driver::Driver::new(Arc::clone(shared), record, channels);
+            let driver = driver::Driver::new(Arc::clone(shared), record, channels, promised);
             Some(shared.tasks.spawn(driver.run()).abort_handle())
         })
     }
@@ -214,7 +220,7 @@ impl Handle {
 
     fn build(record: Record, start: impl FnOnce(driver::Channels, Record) -> Option<AbortHandle>) -> Arc<Self> {
         let (publish, view) =
-            watch::channel(View { vm: Arc::new(record.vm.clone()), wakes: wakes(&record), failed_resumes: 0, dialer: None });
+            watch::channel(View { vm: Arc::new(record.vm.clone()), wakes: wakes(&record), failed_wakes: 0, dialer: None });
         let (requests, mailbox) = mpsc::unbounded_channel();
         let wake = Arc::new(Notify::new());
         let activity = Arc::new(Activity::default());
@@ -239,6 +245,7 @@ impl Handle {
         match self.ask(Wish::Call(call)).await {
             Some(Ok(())) => Ok(()),
             Some(Err(CallError::Terminated)) => Err(terminated()),
+            Some(Err(CallError::NoRoom(shortage))) => Err(shortage.into()),
             Some(Err(CallError::Store(error))) => Err(ControlError::Internal(error.to_string())),
             None if self.microvm().state != MicrovmState::Terminated => Err(ControlError::InsufficientCapacity(STOPPING.to_owned())),
             None if call == Call::Terminate => Ok(()),
@@ -284,13 +291,12 @@ impl Handle {
 
     async fn connect_when_running(&self, target: &Target) -> Result<Box<dyn GuestStream>, ConnectError> {
         let mut view = self.view.clone();
-        let failed_before = view.borrow().failed_resumes;
+        let failed_before = view.borrow().failed_wakes;
         loop {
             let dialer = {
                 let view = view.borrow_and_update();
-                if view.failed_resumes != failed_before {
-                    let reason = view.vm.state_reason.clone().unwrap_or_default();
-                    return Err(ConnectError::Unreachable(reason));
+                if view.failed_wakes != failed_before {
+                    return Err(ConnectError::NotWoken(view.vm.state_reason.clone().unwrap_or_default()));
                 }
                 self.find_dialer(&view)?
             };

@@ -8,7 +8,7 @@ use std::{
 use hearth_machine::MachineEvent;
 
 use crate::{
-    ControlError,
+    CapacitySettings, ControlError,
     arn::managed_connector,
     logs::{LogGroup, stream_name},
     plane::{ConnectError, ControlPlane, DataPlane, Refusal},
@@ -307,7 +307,7 @@ async fn a_resume_that_fails_loses_nothing_and_tells_who_waited() {
     world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
     world.reaches(&vm.id, MicrovmState::Suspended).await;
     world.engine.fail_launch.store(true, Ordering::SeqCst);
-    assert!(matches!(world.connect(&vm).await, Err(ConnectError::Unreachable(reason)) if reason.contains("host")));
+    assert!(matches!(world.connect(&vm).await, Err(ConnectError::NotWoken(reason)) if reason.contains("host")));
     let asleep = world.get(&vm.id).await;
     assert_eq!(asleep.state, MicrovmState::Suspended);
     assert!(asleep.state_reason.is_some());
@@ -499,12 +499,78 @@ async fn what_cannot_be_run() {
     assert!(matches!(world.control.get_microvm(&caller(), "microvm-x").await, Err(ControlError::MicrovmNotFound(_))));
 }
 
-#[tokio::test]
-async fn a_host_without_memory_refuses() {
-    let world = World::with(|settings| settings.memory_reserve_mib = u64::from(u32::MAX)).await;
+/// A world whose host has room for so much.
+async fn cramped(memory_mib: u64) -> World {
+    let world = World::with(|settings| {
+        settings.capacity = CapacitySettings { memory_mib: Some(memory_mib), reserve_mib: 0, overcommit: 1.0 };
+    })
+    .await;
     world.build("demo").await;
-    let error = world.control.run_microvm(&caller(), run("demo", None)).await.unwrap_err();
-    assert!(matches!(error, ControlError::InsufficientCapacity(_)), "{error}");
+    world
+}
+
+#[tokio::test]
+async fn a_host_without_memory_refuses_to_run_and_to_wake() {
+    let world = cramped(1000).await;
+    let refused = async || match world.control.run_microvm(&caller(), run("demo", None)).await {
+        Err(ControlError::InsufficientCapacity(text)) => text.contains("512 MiB are promised"),
+        other => panic!("{other:?}"),
+    };
+    let first = world.run(idle(60, 600, true)).await;
+    assert!(refused().await);
+    world.control.suspend_microvm(&caller(), &first.id).await.unwrap();
+    world.reaches(&first.id, Suspended).await;
+    let second = world.run(None).await;
+    assert!(refused().await, "what sleeps has made room for one");
+
+    let launches = world.engine.launches.load(Ordering::SeqCst);
+    assert!(matches!(within("the refusal", world.connect(&first)).await, Err(ConnectError::NotWoken(_))));
+    assert!(matches!(world.control.resume_microvm(&caller(), &first.id).await, Err(ControlError::InsufficientCapacity(_))));
+    assert_eq!(world.get(&first.id).await, Microvm { state: Suspended, ..first.clone() }, "nothing has happened to it");
+    assert_eq!(world.engine.launches.load(Ordering::SeqCst), launches);
+
+    world.control.terminate_microvm(&caller(), &second.id).await.unwrap();
+    world.reaches(&second.id, Terminated).await;
+    assert_eq!(within("the answer", world.connect(&first)).await.unwrap(), first.id);
+    assert!(refused().await);
+}
+
+#[tokio::test]
+async fn launches_that_fail_and_suspends_that_are_cancelled_promise_nothing_twice() {
+    let world = cramped(600).await;
+    world.engine.fail_launch.store(true, Ordering::SeqCst);
+    let vm = world.control.run_microvm(&caller(), run("demo", None)).await.unwrap();
+    world.reaches(&vm.id, Terminated).await;
+    world.engine.fail_launch.store(false, Ordering::SeqCst);
+    let vm = world.run(idle(60, 600, true)).await;
+    world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
+    world.reaches(&vm.id, Suspended).await;
+    world.engine.fail_launch.store(true, Ordering::SeqCst);
+    world.connect(&vm).await.unwrap_err();
+    world.engine.fail_launch.store(false, Ordering::SeqCst);
+    world.connect(&vm).await.unwrap();
+    world.engine.close_gate();
+    world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
+    world.connect(&vm).await.unwrap();
+    world.engine.open_gate();
+    let refused = world.control.run_microvm(&caller(), run("demo", None)).await;
+    assert!(matches!(refused, Err(ControlError::InsufficientCapacity(_))));
+    world.control.terminate_microvm(&caller(), &vm.id).await.unwrap();
+    world.reaches(&vm.id, Terminated).await;
+    world.run(None).await;
+}
+
+#[tokio::test]
+async fn a_disk_that_fails_is_told_and_ends_nothing() {
+    let world = World::with_image().await;
+    let vm = world.run(None).await;
+    world.engine.say(&vm.id, MachineEvent::DiskFailed { full: true }).await;
+    world.engine.say(&vm.id, exited(0)).await;
+    assert_eq!(reason(&world, &vm.id).await, "Container Stopped with Exit Code: 0");
+    let group = LogGroup::of_image("000000000000", "us-east-1", "demo");
+    let stream = stream_name(vm.started_at, "1.0", &vm.id);
+    let lines: Vec<crate::logs::LogLine> = futures::StreamExt::collect(world.logs.follow(&group, &stream, 0)).await;
+    assert!(lines.iter().any(|line| line.text.contains("the host's disk is full")), "{lines:?}");
 }
 
 #[tokio::test]

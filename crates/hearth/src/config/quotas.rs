@@ -20,7 +20,8 @@ use serde::Deserialize;
 pub struct QuotasConfig {
     /// Memory of all MicroVMs that are not terminated and of all builds that run, in MiB; nothing more is run once it is reached. 409600.
     pub allocated_memory_mib: u64,
-    /// What a MicroVM counts for: `baseline`, which is what its image asks for, or `peak`, four times that, as AWS has it. `baseline`.
+    /// What a MicroVM counts for, whatever its guest sees: `baseline`, which is what its image asks for, or `peak`, four times that, as AWS
+    /// has it. `baseline`.
     pub memory_accounting: Accounting,
     /// Images. 100.
     pub images: u32,

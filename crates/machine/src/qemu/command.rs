@@ -83,7 +83,8 @@ impl Hardware<'_> {
             ("-append", self.kernel_command_line()),
             ("-object", memory.to_string()),
             ("-blockdev", self.disk().to_string()),
-            ("-device", "virtio-blk-device,drive=disk".into()),
+            // The guest is told that its disk failed. QEMU would stop the machine instead when the host's disk is full.
+            ("-device", "virtio-blk-device,drive=disk,werror=report,rerror=report".into()),
             ("-netdev", format!("tap,id=net,fd={},vhost=off", self.tap)),
             ("-device", format!("virtio-net-device,netdev=net,mac={GUEST_MAC}")),
             ("-object", "rng-builtin,id=rng".into()),

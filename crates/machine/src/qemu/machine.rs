@@ -69,9 +69,9 @@ impl QemuMachine {
     /// Takes over a machine whose guest is ready.
     pub async fn run(parts: Parts, session: Session, events: mpsc::Sender<MachineEvent>, receiver: mpsc::Receiver<MachineEvent>) -> Self {
         let closing = Arc::new(AtomicBool::new(false));
-        let exited = parts.process.exit_watch();
+        let (exited, disk_failure) = (parts.process.exit_watch(), parts.qmp.disk_failure());
         let broken = session.take_end().await;
-        let expected = closing.clone();
+        let (id, expected) = (parts.id.clone(), closing.clone());
         tokio::spawn(async move {
             let broken = async {
                 let by_guest = match broken {
@@ -83,12 +83,21 @@ impl QemuMachine {
                     std::future::pending::<()>().await;
                 }
             };
-            tokio::pin!(exited);
-            let reason = tokio::select! {
-                reason = &mut exited => reason,
-                () = broken => {
-                    // A session that breaks because its process ended is better explained by the process.
-                    timeout(Duration::from_secs(1), &mut exited).await.unwrap_or_else(|_| "the guest broke its session off".into())
+            tokio::pin!(exited, broken, disk_failure);
+            let mut disk_works = true;
+            let reason = loop {
+                tokio::select! {
+                    reason = &mut exited => break reason,
+                    () = &mut broken => {
+                        // A session that breaks because its process ended is better explained by the process.
+                        let ended = timeout(Duration::from_secs(1), &mut exited).await;
+                        break ended.unwrap_or_else(|_| "the guest broke its session off".into());
+                    }
+                    failure = &mut disk_failure, if disk_works => {
+                        disk_works = false;
+                        tracing::error!(id, full = failure.full, "the host could not serve a machine's disk: its programs see I/O errors");
+                        let _ = events.send(MachineEvent::DiskFailed { full: failure.full }).await;
+                    }
                 }
             };
             if !expected.load(Ordering::Acquire) {

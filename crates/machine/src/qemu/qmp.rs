@@ -34,10 +34,18 @@ pub enum QmpError {
     Load(MigrationStatus),
 }
 
+/// A request of the guest to its disk failed on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskFailure {
+    /// Because the host's disk is full.
+    pub full: bool,
+}
+
 /// A connection to one QEMU's monitor.
 pub struct Qmp {
     service: QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>,
     migration: watch::Receiver<Option<MigrationStatus>>,
+    disk_failure: watch::Receiver<Option<DiskFailure>>,
     reader: JoinHandle<()>,
 }
 
@@ -53,14 +61,20 @@ impl Qmp {
         let stream = timeout(ANSWER, greet).await.map_err(|_| QmpError::Timeout { command: "the greeting" })?.map_err(refused)?;
         let (service, mut events) = stream.into_parts();
         let (report, migration) = watch::channel(None);
+        let (report_failure, disk_failure) = watch::channel(None);
         let reader = tokio::spawn(async move {
             while let Some(Ok(event)) = events.next().await {
-                if let Event::MIGRATION { data, .. } = event {
-                    report.send_replace(Some(data.status));
+                match event {
+                    Event::MIGRATION { data, .. } => drop(report.send_replace(Some(data.status))),
+                    Event::BLOCK_IO_ERROR { data, .. } => {
+                        let failure = DiskFailure { full: data.nospace.unwrap_or_default() };
+                        report_failure.send_replace(Some(failure));
+                    }
+                    _ => {}
                 }
             }
         });
-        Ok(Self { service, migration, reader })
+        Ok(Self { service, migration, disk_failure, reader })
     }
 
     /// Loads device state from a descriptor that QEMU inherited.
@@ -91,6 +105,18 @@ impl Qmp {
     /// Lets the virtual processors run.
     pub async fn cont(&self) -> Result<(), QmpError> {
         self.execute(qmp::cont {}).await
+    }
+
+    /// The first failure of the disk from now on; never, if QEMU ends before. Does not keep the connection.
+    pub fn disk_failure(&self) -> impl Future<Output = DiskFailure> + Send + 'static {
+        let mut failure = self.disk_failure.clone();
+        async move {
+            let seen = failure.wait_for(Option::is_some).await.ok().and_then(|seen| *seen);
+            match seen {
+                Some(failure) => failure,
+                None => std::future::pending().await,
+            }
+        }
     }
 
     /// Ends QEMU.
