@@ -8,6 +8,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
+use hearth_guest_protocol::METADATA_ADDRESS;
 use nix::{
     errno::Errno,
     libc,
@@ -96,7 +97,8 @@ fn collect(socket: &OwnedFd, family: u8) -> Result<Vec<SocketId>, Errno> {
     }
 }
 
-fn acknowledgement(socket: &OwnedFd) -> Result<(), Errno> {
+/// The kernel's answer to a netlink request that asked for one.
+pub fn acknowledgement(socket: &OwnedFd) -> Result<(), Errno> {
     let mut buffer = [0; 1024];
     let count = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
     messages(&buffer[..count]).next().map_or(Err(Errno::EBADMSG), |(_, body)| outcome(body))
@@ -131,7 +133,8 @@ fn outbound(family: u8, body: &[u8]) -> Option<SocketId> {
     } else {
         IpAddr::V6(Ipv6Addr::from(peer)).to_canonical()
     };
-    (!peer.is_loopback()).then_some(id)
+    let inside = peer.is_loopback() || peer == METADATA_ADDRESS;
+    (!inside).then_some(id)
 }
 
 #[cfg(test)]
@@ -150,6 +153,7 @@ mod tests {
         assert!(outbound(four, &answer(&[10, 0, 2, 2])).is_some());
         assert!(outbound(four, &answer(&[127, 0, 0, 1])).is_none());
         assert!(outbound(six, &answer(&Ipv6Addr::LOCALHOST.octets())).is_none());
+        assert!(outbound(four, &answer(&[169, 254, 169, 254])).is_none(), "the machine's own service");
         assert!(outbound(six, &answer(&Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets())).is_none());
         assert!(outbound(six, &answer(&[0xfd, 0, 0, 1])).is_some());
         assert!(outbound(four, &[0; 20]).is_none(), "a short answer is not read past its end");

@@ -17,6 +17,7 @@ mod freezer;
 mod identity;
 mod listen;
 mod logs;
+mod metadata;
 mod network;
 mod port;
 mod session;

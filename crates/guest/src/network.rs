@@ -33,6 +33,14 @@ pub fn bring_up_loopback() -> Result<(), NetworkError> {
     Device::open(LOOPBACK)?.bring_up()
 }
 
+/// Gives a device of this namespace an address, and brings it up.
+pub fn set_up(name: &'static str, own: Ipv4Addr, prefix: u8) -> Result<(), NetworkError> {
+    let device = Device::open(name)?;
+    device.set("setting the address", libc::SIOCSIFADDR, address(own))?;
+    device.set("setting the netmask", libc::SIOCSIFNETMASK, address(netmask(prefix)))?;
+    device.bring_up()
+}
+
 /// Gives the machine's network device its address, and the machine its default route.
 pub fn apply(network: &Network) -> Result<(), NetworkError> {
     let device = Device::open(DEVICE)?;

@@ -29,6 +29,7 @@ use crate::{
     identity::{self, Names},
     listen::Watch,
     logs::Logs,
+    metadata::Metadata,
     network,
     port::Port,
     trim,
@@ -79,6 +80,7 @@ struct Guest {
     logs: Logs,
     names: Names,
     freezer: Freezer,
+    metadata: Metadata,
     /// The MicroVM's id and generation, as the last session's host said.
     life: Option<(String, u64)>,
 }
@@ -97,6 +99,7 @@ pub async fn serve(machine: &Machine) -> anyhow::Result<Infallible> {
         logs,
         names: Names::new(Path::new(ROOTFS)),
         freezer: Freezer::new(Path::new(cgroup::APP)),
+        metadata: Metadata::start(),
         life: None,
     };
     let port = Port::open(&machine.port).with_context(|| format!("opening {}", machine.port.display()))?;
@@ -126,6 +129,7 @@ impl Guest {
         let (mux, mut driver) = Mux::server(port.clone());
         let mut tasks = JoinSet::new();
         let result = self.converse(&mux, &mut driver, &mut tasks).await;
+        self.metadata.leave();
         // First the application's side of the connections that the proxy had, then the host's.
         tasks.shutdown().await;
         driver.task.abort();
@@ -144,6 +148,8 @@ impl Guest {
     /// Serves the host until `Detach`. The application is frozen then.
     async fn converse(&mut self, mux: &Mux, driver: &mut MuxDriver, tasks: &mut JoinSet<()>) -> Result<Farewell, SessionError> {
         let (reader, mut writer) = tokio::io::split(self.greet(driver).await?);
+        let vm_id = self.life.as_ref().map_or("", |(vm_id, _)| vm_id);
+        self.metadata.enter(mux.clone(), vm_id);
         let (shipper, stop_shipping) = ship_logs(mux.clone(), self.logs.clone());
         let shipper = tasks.spawn(shipper);
 

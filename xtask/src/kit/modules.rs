@@ -9,6 +9,7 @@ pub const WANTED: &[&str] = &[
     "virtio_console",
     "virtio_net",
     "virtio_rng",
+    "veth",
     "ext4",
     "unix",
     "ipv6",
