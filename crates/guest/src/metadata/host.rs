@@ -113,7 +113,7 @@ pub mod testing {
     }
 
     /// A session whose host answers every question thus; without an answer it ends at the first question.
-    pub fn session(answer: impl Fn(MetadataRequest) -> Option<MetadataReply> + Send + 'static) -> (Mux, Session) {
+    pub fn session(answer: impl Fn(MetadataRequest) -> Option<MetadataReply> + Send + Sync + 'static) -> (Mux, Session) {
         let (near, far) = tokio::io::duplex(4096);
         let (host, mut host_driver) = Mux::client(near);
         let (guest, guest_driver) = Mux::server(far);
