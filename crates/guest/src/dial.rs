@@ -22,7 +22,7 @@ pub async fn serve(mut stream: Stream, port: u16) -> Result<(), WireError> {
 }
 
 /// Loopback only: an application that listens on `::1` alone is found at the second try.
-async fn connect(port: u16) -> io::Result<TcpStream> {
+pub async fn connect(port: u16) -> io::Result<TcpStream> {
     let connection = match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => match TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await {
             Ok(connection) => connection,
@@ -36,7 +36,7 @@ async fn connect(port: u16) -> io::Result<TcpStream> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use hearth_guest_protocol::{Mux, read_message};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     /// A stream between two muxes; the first item is the host's end, and the rest keeps the session alive.
-    async fn stream_pair() -> (Stream, Stream, impl Sized) {
+    pub async fn stream_pair() -> (Stream, Stream, impl Sized) {
         let (near, far) = tokio::io::duplex(4096);
         let (host, host_driver) = Mux::client(near);
         let (guest, mut guest_driver) = Mux::server(far);

@@ -14,6 +14,7 @@ mod cgroup;
 mod connections;
 mod dial;
 mod freezer;
+mod hook;
 mod identity;
 mod listen;
 mod logs;

@@ -26,6 +26,7 @@ use crate::{
     boot::{Machine, ROOTFS},
     cgroup, connections, dial,
     freezer::Freezer,
+    hook,
     identity::{self, Names},
     listen::Watch,
     logs::Logs,
@@ -165,7 +166,10 @@ impl Guest {
                 command = commands.recv() => match command.ok_or(SessionError::Closed)?? {
                     HostMessage::Start(app) => self.start(&app, &mut writer, &news, tasks).await?,
                     HostMessage::Detach { marker, trim } => break Farewell { marker, trim },
-                    HostMessage::Stop | HostMessage::Time { .. } => {}
+                    HostMessage::Stop => if let Err(error) = self.application.stop().await {
+                        eprintln!("hearth-guest: stopping the application: {error}");
+                    },
+                    HostMessage::Time { .. } => {}
                     unexpected @ HostMessage::Hello(_) => return Err(SessionError::NotHello(unexpected)),
                 },
             }
@@ -305,6 +309,7 @@ fn read_commands(mut reader: ReadHalf<Stream>, tasks: &mut JoinSet<()>) -> mpsc:
 async fn serve_stream(mut stream: Stream) {
     let result = match read_message(&mut stream).await {
         Ok(StreamHeader::Dial { port }) => dial::serve(stream, port).await,
+        Ok(StreamHeader::Hook(call)) => hook::serve(stream, call).await,
         // Dropping the stream resets it.
         Ok(_) => Ok(()),
         Err(error) => Err(error),

@@ -3,6 +3,7 @@
 pub mod container;
 mod process;
 mod rootfs;
+mod stop;
 mod user;
 
 use std::{
@@ -64,7 +65,7 @@ pub struct Application {
 #[derive(Debug)]
 enum State {
     NotStarted,
-    Running { main: Pid, output: JoinSet<io::Result<()>> },
+    Running { main: Pid, stop_signal: i32, output: JoinSet<io::Result<()>> },
     Ended,
 }
 
@@ -97,8 +98,17 @@ impl Application {
             let pipe = pipe::Receiver::from_owned_fd(OwnedFd::from(pipe))?;
             output.spawn(self.logs.clone().collect(source, pipe));
         }
-        *state = State::Running { main, output };
+        *state = State::Running { main, stop_signal: app.stop_signal, output };
         Ok(main)
+    }
+
+    /// Asks the application to end.
+    pub async fn stop(&self) -> io::Result<()> {
+        // The reaper takes the lock first, so that the process id is still the application's.
+        match &*self.state.lock().await {
+            State::Running { main, stop_signal, .. } => stop::stop(*main, *stop_signal),
+            State::NotStarted | State::Ended => Ok(()),
+        }
     }
 
     /// Collects every process that ends, for ever.
