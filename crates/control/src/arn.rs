@@ -1,5 +1,7 @@
 //! ARNs of images, managed images and connectors (SPEC section 2), and what the managed connectors mean (SPEC 10.5).
 
+use uuid::Uuid;
+
 use crate::{error::ControlError, types::Caller};
 
 /// Names of the managed connectors that let clients in.
@@ -12,6 +14,11 @@ pub(crate) const NO_EGRESS: &str = "NO_EGRESS";
 
 /// Names of the managed base images.
 pub const MANAGED_IMAGES: &[&str] = &["al2023-1"];
+
+/// A new endpoint's host name.
+pub(crate) fn endpoint_name(region: &str, domain: &str) -> String {
+    format!("{}.lambda-microvm.{region}.{domain}", Uuid::new_v4())
+}
 
 /// An image's ARN, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use hearth_store::{
 use uuid::Uuid;
 
 use crate::{
-    arn::{ImageArn, MANAGED_IMAGES, check_shell, managed_connector, managed_image},
+    arn::{ImageArn, MANAGED_IMAGES, check_shell, endpoint_name, managed_connector, managed_image},
     control::{Control, Inner},
     error::ControlError,
     hooks::{Hook, Hooks},
@@ -322,8 +322,7 @@ impl Inner {
             return self.replayed(seen).await;
         }
         let (image, number, spec) = self.find_active(caller, &arn, request.version.as_deref()).await?;
-        let sent_hooks = spec.echoed.get("hooks").cloned();
-        let hooks = Hooks::new(sent_hooks.clone());
+        let hooks = Hooks::of(&spec);
         if request.run_hook_payload.is_some() && hooks.timeout(Hook::Run).is_none() {
             let text = "The run hook must be enabled in the MicroVM image to pass the run hook payload.";
             return Err(ControlError::Invalid(text.to_owned()));
@@ -334,7 +333,7 @@ impl Inner {
         let promised = self.microvms.capacity.admit_clone(guest_mib)?;
 
         let id = format!("microvm-{}", Uuid::new_v4());
-        let endpoint = format!("{}.lambda-microvm.{}.{}", Uuid::new_v4(), caller.region, self.settings.domain);
+        let endpoint = endpoint_name(&caller.region, &self.settings.domain);
         let now_ms = millis(SystemTime::now());
         let ingress = Some(request.ingress_network_connectors).filter(|connectors| !connectors.is_empty());
         let egress = Some(request.egress_network_connectors).filter(|connectors| !connectors.is_empty());
@@ -348,7 +347,7 @@ impl Inner {
             egress_network_connectors: egress,
             run_hook_payload: request.run_hook_payload,
             logging: request.logging,
-            hooks: sent_hooks,
+            hooks: hooks.sent().cloned(),
         };
         let new = NewMicrovm {
             scope: scope(caller),

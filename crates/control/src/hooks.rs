@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use hearth_guest_protocol::{HookCall, HookReply};
+use hearth_guest_protocol::{ExitStatus, HookCall, HookReply};
 use hearth_machine::{Dial, HookError, MachineEvent};
 use serde_json::Value;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::pump::Pump;
+use crate::{pump::Pump, types::ImageSpec};
 
-/// How long the machine may take to say that the app, or itself, came to its end while a hook was called: that explains why the call failed.
+/// How long the machine may take to say that the app, or itself, came to its end while a hook was called.
 const EXPLANATION: Duration = Duration::from_secs(2);
 
 /// A hook.
@@ -78,6 +78,16 @@ impl Hooks {
         Self(sent)
     }
 
+    /// The hooks of an image version.
+    pub fn of(spec: &ImageSpec) -> Self {
+        Self::new(spec.echoed.get("hooks").cloned())
+    }
+
+    /// The structure as it was sent.
+    pub fn sent(&self) -> Option<&Value> {
+        self.0.as_ref()
+    }
+
     /// How long a hook may take, if it is enabled.
     pub fn timeout(&self, hook: Hook) -> Option<Duration> {
         let group = &self.0.as_ref()?[hook.group()];
@@ -126,8 +136,8 @@ impl Hooks {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Called {
     Replied(HookReply),
-    /// The app's main process ended meanwhile, with this code.
-    AppExited(i32),
+    /// The app's main process ended meanwhile.
+    AppExited(ExitStatus),
     /// The machine ended meanwhile.
     Died(String),
 }
@@ -139,9 +149,16 @@ pub(crate) async fn call(dialer: &dyn Dial, pump: &mut Pump, call: HookCall) -> 
         end = end(pump) => return end,
     };
     match reply {
-        Ok(reply @ (HookReply::Status(_) | HookReply::TimedOut)) => Called::Replied(reply),
-        Ok(reply) => timeout(EXPLANATION, end(pump)).await.unwrap_or(Called::Replied(reply)),
+        Ok(reply) => Called::Replied(reply),
         Err(HookError::Gone(reason)) => timeout(EXPLANATION, end(pump)).await.unwrap_or(Called::Died(reason)),
+    }
+}
+
+/// The end of the app, if that is why an answer was broken off: the news of it comes a little later.
+pub(crate) async fn explain(pump: &mut Pump, called: Called) -> Called {
+    match called {
+        Called::Replied(HookReply::Invalid { .. }) => timeout(EXPLANATION, end(pump)).await.unwrap_or(called),
+        _ => called,
     }
 }
 
@@ -149,7 +166,7 @@ pub(crate) async fn call(dialer: &dyn Dial, pump: &mut Pump, call: HookCall) -> 
 async fn end(pump: &mut Pump) -> Called {
     loop {
         match pump.next().await {
-            Some(MachineEvent::AppExited(status)) => return Called::AppExited(status.code),
+            Some(MachineEvent::AppExited(status)) => return Called::AppExited(status),
             Some(MachineEvent::Died { reason }) => return Called::Died(reason),
             Some(MachineEvent::Listening(_) | MachineEvent::Log(_) | MachineEvent::DiskFailed { .. }) => {}
             None => return Called::Died("its events ended".to_owned()),

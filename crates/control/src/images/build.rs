@@ -1,4 +1,7 @@
-//! One build, from the artifact to the snapshot: fetch ▸ build the root file system ▸ boot ▸ start the app ▸ wait until it listens ▸ capture.
+//! One build, from the artifact to the snapshot: fetch ▸ build the root file system ▸ boot ▸ start the app ▸ wait until it is ready ▸ capture ▸
+//! validate on a clone.
+//!
+//! Ready is what the app's `/ready` hook says; without one, when it listens on a port.
 
 use std::{
     io,
@@ -9,7 +12,9 @@ use std::{
 
 use hearth_build::{BuildRequest, Built, ImageConfig};
 use hearth_guest_protocol::App;
-use hearth_machine::{BootError, BootSpec, CaptureError, GuestError, Machine, MachineEvent, Snapshot};
+use hearth_machine::{
+    BootError, BootSpec, CaptureError, Egress, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot,
+};
 use hearth_objects::ObjectUri;
 use tokio::{
     sync::mpsc,
@@ -17,8 +22,9 @@ use tokio::{
 };
 
 use crate::{
-    arn::ImageArn,
+    arn::{ImageArn, endpoint_name},
     error::ControlError,
+    hooks::{Hook, Hooks, iso_8601},
     logs::{LogLine, LogOrigin, LogWriter},
     pump::Pump,
     records::{millis, version_name},
@@ -26,7 +32,13 @@ use crate::{
     types::BuildSizes,
 };
 
-use super::{Identity, Job, Shared, endpoints, image_dir, shape::Shape, version_dir};
+use super::{
+    Identity, Job, Shared,
+    checks::{Check, CheckError},
+    endpoints, image_dir,
+    shape::Shape,
+    version_dir,
+};
 
 /// Lines of build output that wait for the log; the build waits when there are more.
 const LOG_QUEUE: usize = 256;
@@ -57,12 +69,17 @@ pub struct Pipeline {
     /// Of the phase that follows the build of the root file system.
     console: Option<LogWriter>,
     sizes: BuildSizes,
+    hooks: Hooks,
+    /// A name like those that MicroVMs get: build hooks are called in it.
+    endpoint: String,
 }
 
 impl Pipeline {
     pub fn new(shared: Arc<Shared>, image: Identity, job: Job) -> Self {
         let [log, console] = shared.build_routes(&image, &job).map(|route| shared.logs.writer(&route));
-        Self { shared, image, job, log, console: Some(console), sizes: BuildSizes::default() }
+        let hooks = Hooks::of(&job.spec);
+        let endpoint = endpoint_name(&image.region, &shared.settings.domain);
+        Self { shared, image, job, log, console: Some(console), sizes: BuildSizes::default(), hooks, endpoint }
     }
 
     /// Builds. Leaves the snapshot, or nothing.
@@ -116,7 +133,15 @@ impl Pipeline {
             () = shared.stop.cancelled() => return Err(stopped()),
         };
         promised.started();
-        let snapshot = self.make_snapshot(machine, &built.config).await?;
+        let snapshot = Arc::new(self.make_snapshot(machine, &built.config).await?);
+        let validated = tokio::select! {
+            validated = self.validate(work, &snapshot) => validated,
+            () = shared.stop.cancelled() => Err(stopped()),
+        };
+        if let Err(reason) = validated {
+            shared.engine.forget(&snapshot).await;
+            return Err(reason);
+        }
         let manifest = &snapshot.manifest;
         self.sizes.disk_snapshot = Some(manifest.disk_bytes);
         self.sizes.memory_snapshot = Some(manifest.memory_bytes + manifest.device_state_bytes);
@@ -177,18 +202,11 @@ impl Pipeline {
 
     async fn boot(&self, work: &Path, rootfs: PathBuf) -> Result<Box<dyn Machine>, String> {
         let spec = &self.job.spec;
-        let resolved = self.shared.policies.resolve(&self.image.account, &self.image.region, &spec.egress_network_connectors).await;
-        let egress = match resolved {
-            Ok(egress) => egress,
-            Err(error @ (ControlError::ConnectorNotFound(_) | ControlError::InvalidTags(_))) => return Err(error.to_string()),
-            Err(error) => return Err(self.host_failed(&error).await),
-        };
+        let egress = self.egress().await?;
         let shape = self.shape()?;
         self.say(format!("Booting with {} MiB of memory and {} vCPU.", shape.memory_mib, shape.vcpus)).await;
         let id = format!("build-{}", self.job.build_id);
-        // The app's build hooks act with the build role (SPEC 8.1).
-        let api = self.shared.settings.guests.api;
-        let services = Services::new(&id, &self.image.region, Some(&spec.build_role_arn), &self.shared.roles, api);
+        let services = self.services(&id);
         let booted = self
             .shared
             .engine
@@ -199,7 +217,7 @@ impl Pipeline {
                 vcpus: shape.vcpus,
                 memory_mib: shape.memory_mib,
                 egress,
-                services: Arc::new(services),
+                services,
                 timeout: self.shared.settings.boot_timeout,
             })
             .await;
@@ -208,6 +226,22 @@ impl Pipeline {
             Err(BootError::Host { what, source }) => Err(self.io_failed(&what, &source).await),
             Err(error) => Err(self.host_failed(&error).await),
         }
+    }
+
+    /// What the guests of this build may reach.
+    async fn egress(&self) -> Result<Egress, String> {
+        let connectors = &self.job.spec.egress_network_connectors;
+        match self.shared.policies.resolve(&self.image.account, &self.image.region, connectors).await {
+            Ok(egress) => Ok(egress),
+            Err(error @ (ControlError::ConnectorNotFound(_) | ControlError::InvalidTags(_))) => Err(error.to_string()),
+            Err(error) => Err(self.host_failed(&error).await),
+        }
+    }
+
+    /// What a guest of this build may ask. The app's build hooks act with the build role (SPEC 8.1).
+    fn services(&self, id: &str) -> Arc<Services> {
+        let shared = &self.shared;
+        Arc::new(Services::new(id, &self.image.region, Some(&self.job.spec.build_role_arn), &shared.roles, shared.settings.guests.api))
     }
 
     /// Starts the app, waits until it is ready, and captures the machine.
@@ -240,15 +274,21 @@ impl Pipeline {
     }
 
     async fn make_ready(&self, machine: &dyn Machine, pump: &mut Pump, config: &ImageConfig) -> Result<(), String> {
-        let limit = self.shared.settings.ready_timeout;
-        let deadline = Instant::now() + limit;
         self.say(format!("Starting {:?}.", config.argv)).await;
         match machine.start_app(self.app(config)).await {
             Ok(()) => {}
             Err(GuestError::App(reason)) => return Err(format!("The application could not be started: {reason}")),
             Err(error) => return Err(self.host_failed(&error).await),
         }
-        let exposed = &config.exposed_ports;
+        if self.hooks.timeout(Hook::Ready).is_some() {
+            return self.check(Hook::Ready, machine, pump).await;
+        }
+        self.wait_until_it_listens(pump, &config.exposed_ports).await
+    }
+
+    async fn wait_until_it_listens(&self, pump: &mut Pump, exposed: &[u16]) -> Result<(), String> {
+        let limit = self.shared.settings.ready_timeout;
+        let deadline = Instant::now() + limit;
         loop {
             match timeout_at(deadline, pump.next()).await {
                 Ok(Some(MachineEvent::Listening(port))) if exposed.is_empty() || exposed.contains(&port) => {
@@ -271,6 +311,52 @@ impl Pipeline {
                     return Err(format!("The application did not accept connections on an exposed port within {}.", iso_8601(limit)));
                 }
             }
+        }
+    }
+
+    /// Has a clone of the snapshot checked by the app, if it wants to.
+    async fn validate(&self, work: &Path, snapshot: &Arc<Snapshot>) -> Result<(), String> {
+        if self.hooks.timeout(Hook::Validate).is_none() {
+            return Ok(());
+        }
+        self.say("Validating the snapshot on a clone.".to_owned()).await;
+        let id = format!("validate-{}", self.job.build_id);
+        let spec = LaunchSpec {
+            dir: work.join("validate"),
+            snapshot: Arc::clone(snapshot),
+            source: LaunchSource::Snapshot,
+            egress: self.egress().await?,
+            services: self.services(&id),
+            generation: 1,
+            id,
+        };
+        let mut machine = match self.shared.engine.launch(spec).await {
+            Ok(machine) => machine,
+            Err(LaunchError::Host { what, source }) => return Err(self.io_failed(&what, &source).await),
+            Err(error) => return Err(self.host_failed(&error).await),
+        };
+        let mut pump = Pump::start(machine.take_events(), self.log.clone());
+        let checked = self.check(Hook::Validate, machine.as_ref(), &mut pump).await;
+        if checked.is_ok() {
+            match machine.record_working_set().await {
+                Ok(bytes) => self.say(format!("The snapshot is valid. Its working set is {bytes} bytes.")).await,
+                // Launches do without.
+                Err(error) => tracing::warn!(build = self.job.build_id, %error, "a working set could not be recorded"),
+            }
+        }
+        machine.kill().await;
+        pump.last_words().await;
+        checked
+    }
+
+    /// Waits until a build hook that is enabled has answered 200.
+    async fn check(&self, hook: Hook, machine: &dyn Machine, pump: &mut Pump) -> Result<(), String> {
+        let Some(limit) = self.hooks.timeout(hook) else { return Ok(()) };
+        let check = Check { hooks: &self.hooks, hook, endpoint: &self.endpoint, log: &self.log };
+        match check.pass(machine.dialer().as_ref(), pump, limit).await {
+            Ok(()) => Ok(()),
+            Err(CheckError::App(reason)) => Err(reason),
+            Err(CheckError::Machine(error)) => Err(self.host_failed(&error).await),
         }
     }
 
@@ -334,19 +420,6 @@ fn last_wins(all: impl Iterator<Item = (String, String)>) -> Vec<(String, String
     environment
 }
 
-/// A duration the way the service writes it: `PT5M`, `PT90S` as `PT1M30S`.
-fn iso_8601(duration: Duration) -> String {
-    let seconds = duration.as_secs();
-    let mut text = "PT".to_owned();
-    for (amount, unit) in [(seconds / 3600, 'H'), (seconds / 60 % 60, 'M'), (seconds % 60, 'S')] {
-        if amount > 0 {
-            text.push_str(&amount.to_string());
-            text.push(unit);
-        }
-    }
-    if text.len() == 2 { "PT0S".to_owned() } else { text }
-}
-
 /// Deletes a directory that may not be there.
 async fn remove(dir: &Path) {
     match tokio::fs::remove_dir_all(dir).await {
@@ -366,12 +439,5 @@ mod tests {
         let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
         let all = [pair("A", "1"), pair("B", "2"), pair("A", "3")];
         assert_eq!(last_wins(all.into_iter()), [pair("A", "3"), pair("B", "2")]);
-    }
-
-    #[test]
-    fn durations_are_written_as_the_service_does() {
-        for (seconds, text) in [(0, "PT0S"), (20, "PT20S"), (90, "PT1M30S"), (300, "PT5M"), (3600, "PT1H")] {
-            assert_eq!(iso_8601(Duration::from_secs(seconds)), text);
-        }
     }
 }

@@ -22,6 +22,7 @@
 //!   reserved until the files are gone.
 
 mod build;
+mod checks;
 mod driver;
 mod endpoints;
 mod shape;

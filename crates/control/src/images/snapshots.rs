@@ -50,8 +50,8 @@ impl Snapshots {
     }
 
     /// Adds a snapshot that was made just now.
-    pub fn insert(&self, image_id: &str, number: i64, snapshot: Snapshot) {
-        self.lock().insert((image_id.to_owned(), number), Arc::new(snapshot));
+    pub fn insert(&self, image_id: &str, number: i64, snapshot: Arc<Snapshot>) {
+        self.lock().insert((image_id.to_owned(), number), snapshot);
     }
 
     /// Lets go of a snapshot whose files are about to be deleted, and returns it if it exists.

@@ -237,8 +237,12 @@ impl Operation {
             None => return Ok(()),
             Some(own) => {
                 let own = own.min(limit);
+                let call = async {
+                    let called = hooks::call(running.dialer.as_ref(), &mut running.pump, self.call_of(hook, own)).await;
+                    hooks::explain(&mut running.pump, called).await
+                };
                 tokio::select! {
-                    called = hooks::call(running.dialer.as_ref(), &mut running.pump, self.call_of(hook, own)) => (called, own),
+                    called = call => (called, own),
                     () = self.hurry.cancelled() => return Err(Setback::Over(reason::HURRIED.to_owned())),
                 }
             }
@@ -251,7 +255,7 @@ impl Operation {
                 }
                 Err(Setback::Hook(reason::hook_failed(hook, &reply, hooks.port(), limit)))
             }
-            (Called::AppExited(code), _) => Err(Setback::Over(reason::app_exited(code))),
+            (Called::AppExited(status), _) => Err(Setback::Over(reason::app_exited(status.code))),
             (Called::Died(what), _) => Err(Setback::Over(reason::died(&what))),
         }
     }
