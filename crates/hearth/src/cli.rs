@@ -30,6 +30,8 @@ enum Verb {
     Env,
     /// Check everything that the server needs, and say how to get what is missing.
     Doctor(ServeArgs),
+    /// Have this host trust the endpoints' local authority: the system's store and browsers.
+    Trust(verbs::trust::TrustArgs),
     /// Build, list and remove images.
     #[command(subcommand)]
     Image(ImageVerb),
@@ -109,6 +111,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             small(doctor::run(config, data_dir))
         }
         Verb::Env => verbs::env::run(&data_dir),
+        Verb::Trust(args) => verbs::trust::run(&data_dir, &args),
         Verb::Image(ImageVerb::Build(args)) => small(verbs::image::build(client, args)),
         Verb::Image(ImageVerb::Ls) => small(verbs::image::list(client)),
         Verb::Image(ImageVerb::Rm { image }) => small(verbs::image::remove(client, image)),

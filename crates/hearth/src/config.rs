@@ -20,6 +20,7 @@
 mod guests;
 mod machines;
 mod quotas;
+mod tls;
 
 use std::{
     collections::BTreeMap,
@@ -36,6 +37,7 @@ use serde::{Deserialize, Deserializer, de};
 pub use guests::{ExtensionsConfig, RolesConfig};
 pub use machines::{ActivityConfig, CapacityConfig, GuestSize};
 pub use quotas::{ConnectorConfig, QuotasConfig};
+pub use tls::TlsConfig;
 
 use crate::credentials::Credentials;
 
@@ -61,6 +63,8 @@ pub struct ServeConfig {
     pub regions: Vec<String>,
     /// Account of the administrator, twelve digits. `000000000000`.
     pub account: String,
+    /// Where the endpoints' certificates come from.
+    pub tls: TlsConfig,
     /// Keys of the administrator. The first is what `hearth env` prints. When there are none: one pair, made at the first start.
     pub credentials: Vec<Credentials>,
     /// Users and roles, beside those that `hearth iam` makes. An account has images, MicroVMs and buckets of its own.
@@ -277,6 +281,7 @@ impl Default for ServeConfig {
             region: "us-east-1".to_owned(),
             regions: Vec::new(),
             account: "000000000000".to_owned(),
+            tls: TlsConfig::default(),
             credentials: Vec::new(),
             accounts: Vec::new(),
             min_idle_seconds: 60,
@@ -373,6 +378,7 @@ impl ServeConfig {
         let parsed = toml::from_str(&text);
         let mut config: Self = parsed.map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
         let beside = path.parent().unwrap_or(Path::new("."));
+        config.tls.relative_to(beside);
         for account in &mut config.accounts {
             let of_users = account.users.iter_mut().filter_map(|user| user.policy.as_mut());
             let of_roles = account.roles.iter_mut().flat_map(|role| [&mut role.trust, &mut role.policy]);
@@ -453,6 +459,9 @@ impl ServeConfig {
         }
         for (name, connector) in &self.connectors {
             connector.policy().map_err(|source| ConfigError::Connector { name: name.clone(), origin: origin.to_owned(), source })?;
+        }
+        if let Some((key, found, expected)) = self.tls.unusable(&self.domain) {
+            return refuse(key, &found, expected);
         }
         if let Some((key, found, expected)) = self.roles.unusable() {
             return refuse(key, &found, expected);
@@ -631,6 +640,7 @@ mod tests {
             ("max_concurrent_builds = 0", "max_concurrent_builds = 0"),
             ("logs.retention_days = 0", "logs.retention_days = 0"),
             ("logs.group_mib = 0", "logs.group_mib = 0"),
+            ("tls.acme = { dns_hook = \"h\" }", "tls.acme.agree_to_terms = false"),
             ("log.level = \"a=b=c\"", "log.level = a=b=c"),
             ("credentials = [{ access_key_id = \"AKIA\", secret_access_key = \"\" }]", "credentials.access_key_id = AKIA"),
         ] {

@@ -81,6 +81,16 @@ impl DataDir {
         self.0.join("ca")
     }
 
+    /// The local authority's certificate.
+    pub fn ca_certificate(&self) -> PathBuf {
+        self.ca().join("ca.pem")
+    }
+
+    /// The account with an ACME authority, and the certificate from it.
+    pub fn acme(&self) -> PathBuf {
+        self.0.join("acme")
+    }
+
     /// The host's certificate authorities and ours in one file, for clients that know only one.
     pub fn ca_bundle(&self) -> PathBuf {
         self.0.join("ca-bundle.pem")

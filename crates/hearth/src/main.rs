@@ -14,6 +14,7 @@ mod iam;
 mod ports;
 mod roles;
 mod serve;
+mod trust;
 mod verbs;
 
 fn main() -> std::process::ExitCode {

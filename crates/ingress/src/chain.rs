@@ -127,6 +127,18 @@ pub fn any_endpoint(region: &str, domain: &str) -> String {
     format!("00000000-0000-0000-0000-000000000000.lambda-microvm.{region}.{domain}")
 }
 
+/// The first certificate of a PEM file.
+pub fn certificate_der(pem: &str) -> Option<Vec<u8>> {
+    CertificateDer::from_pem_slice(pem.as_bytes()).ok().map(|der| der.to_vec())
+}
+
+/// When the first certificate of a PEM file ends.
+pub fn ends(pem: &str) -> Option<SystemTime> {
+    let der = certificate_der(pem)?;
+    let (_, parsed) = X509Certificate::from_der(&der).ok()?;
+    Some(time(parsed.validity().not_after))
+}
+
 fn names(certificate: &X509Certificate<'_>) -> Result<Vec<String>, String> {
     let alternatives = certificate.subject_alternative_name().map_err(|error| error.to_string())?;
     let names: Vec<String> = alternatives

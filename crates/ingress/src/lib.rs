@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod acme;
 mod app;
 mod body;
 mod bundle;
@@ -33,10 +34,11 @@ mod tunnel;
 mod upgrade;
 mod watch;
 
+pub use acme::{AcmeConfig, AcmeError, ExternalAccount, keep_issuing, kept_chain};
 pub use bundle::{system_bundle, write_bundle};
 pub use ca::{CaError, LocalCa};
 pub use certificates::{EndpointCertificates, server_config};
-pub use chain::{Chain, ChainError, ChainFiles, any_endpoint};
+pub use chain::{Chain, ChainError, ChainFiles, any_endpoint, certificate_der, ends};
 pub use error::Side;
 pub use listen::{IngressConfig, serve};
 pub use reload::{keep_reloading, read_chains};

@@ -1,5 +1,7 @@
 //! Judges the facts about a host. One function for each prerequisite.
 
+use std::time::{Duration, SystemTime};
+
 use hearth_machine::{probe::KvmProbe, qemu::Accelerator};
 
 use super::{
@@ -38,8 +40,11 @@ pub fn judge(facts: &Facts, config: &ServeConfig) -> Vec<Finding> {
         kit(facts),
         disk(facts),
         memory(facts),
+        forwarding(facts, config),
         endpoint_name(facts, config),
     ]);
+    findings.extend(certificates(facts, SystemTime::now()));
+    findings.extend(https(facts));
     findings.extend(ports(facts));
     findings
 }
@@ -201,6 +206,80 @@ fn memory(facts: &Facts) -> Finding {
     }
 }
 
+fn forwarding(facts: &Facts, config: &ServeConfig) -> Finding {
+    let slots = config.network.slots;
+    Finding {
+        name: "forwarding",
+        verdict: if facts.forward_drop.is_some() { Warn } else { Good },
+        found: match &facts.forward_drop {
+            Some(chain) => format!("the packet filter's chain {chain} drops what it does not accept"),
+            None => "no packet filter of the host drops what it forwards".to_owned(),
+        },
+        why: "unless a rule in it accepts them, the MicroVMs' packets to the network end there; Docker makes such a chain",
+        fix: format!(
+            "iptables -I FORWARD -s {slots} -j ACCEPT; iptables -I FORWARD -d {slots} -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT \
+             (with Docker, in the chain DOCKER-USER)"
+        ),
+    }
+}
+
+/// Certificates are renewed by then, or nobody renews them.
+const SOON: Duration = Duration::from_secs(14 * DAY);
+const DAY: u64 = 24 * 3600;
+
+fn certificates(facts: &Facts, now: SystemTime) -> impl Iterator<Item = Finding> {
+    let many = facts.certificates.len() > 1;
+    facts.certificates.iter().map(move |(path, found)| {
+        let finding = |verdict, found: String, fix: &str| Finding {
+            name: "certificate",
+            verdict,
+            found,
+            why: "clients talk to no endpoint whose certificate they do not accept",
+            fix: fix.to_owned(),
+        };
+        let place = path.display();
+        let renew = "renew it; the server reads the files again when they change";
+        let certificate = match found {
+            Ok(certificate) => certificate,
+            Err(error) => return finding(Fail, error.clone(), "put the right files there, or correct [[tls.certificates]]"),
+        };
+        let names = certificate.names.join(", ");
+        if certificate.until <= now {
+            return finding(Warn, format!("{place} for {names} has ended"), renew);
+        }
+        if certificate.from > now {
+            return finding(Warn, format!("{place} for {names} is not valid yet"), "wait, or set this host's clock");
+        }
+        let left = certificate.until.duration_since(now).unwrap_or_default();
+        let found = format!("{place} for {names}: {} days left", left.as_secs() / DAY);
+        if left < SOON {
+            return finding(Warn, found, renew);
+        }
+        // Another one may cover them.
+        if !certificate.lacks.is_empty() && !many {
+            let lacks = certificate.lacks.join(", ");
+            let fix =
+                "a certificate with a name *.lambda-microvm.<region>.<domain> for each region; what none covers has the local authority's";
+            return finding(Warn, format!("{found}, but not for endpoints in {lacks}"), fix);
+        }
+        finding(Good, found, "")
+    })
+}
+
+fn https(facts: &Facts) -> Option<Finding> {
+    let free = facts.https.as_ref()?;
+    Some(Finding {
+        name: "https port",
+        verdict: if free.is_ok() { Good } else { Warn },
+        found: match free {
+            Ok(()) => "127.0.0.1:443 can be had".to_owned(),
+            Err(error) => format!("127.0.0.1:443 cannot be had: {error}"),
+        },
+        why: "without it, clients of endpoints write the port 8443",
+        fix: "stop what listens there (ss -ltnp 'sport = :443'), or live with the port".to_owned(),
+    })
+}
+
 fn endpoint_name(facts: &Facts, config: &ServeConfig) -> Finding {
     let (name, resolves) = &facts.endpoint_name;
     let local = config.domain == "localhost" || config.domain.ends_with(".localhost");
@@ -246,7 +325,12 @@ fn gib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Verdict;
+    use crate::doctor::{Verdict, facts::Certificate};
+
+    fn certificate() -> Certificate {
+        let (from, until) = (SystemTime::UNIX_EPOCH, SystemTime::now() + 2 * SOON);
+        Certificate { names: vec!["*.x".to_owned()], lacks: Vec::new(), from, until }
+    }
 
     fn good() -> Facts {
         let programs = PROGRAMS.iter().map(|&(name, ..)| (name, format!("{name} version 7.2.22 (Debian)"))).collect();
@@ -263,9 +347,16 @@ mod tests {
             data_dir: "/data".into(),
             disk_free: Some(100 * GIB),
             memory_available: Some(8 * GIB),
+            certificates: vec![("/tls/chain.pem".into(), Ok(certificate()))],
+            https: Some(Ok(())),
+            forward_drop: None,
             endpoint_name: ("x.localhost".to_owned(), true),
             ports: vec![("api", ([127, 0, 0, 1], 8470).into(), Ok(()))],
         }
+    }
+
+    fn spoil_certificate(facts: &mut Facts, spoil: impl FnOnce(&mut Certificate)) {
+        spoil(facts.certificates[0].1.as_mut().unwrap());
     }
 
     /// The one finding that is not good once `spoil` has been at a good host.
@@ -297,6 +388,7 @@ mod tests {
             ("namespaces", |facts| facts.namespaces = Err("Operation not permitted".to_owned())),
             ("guest kit", |facts| facts.kit = Err("no guest kit in /kit".to_owned())),
             ("disk space", |facts| facts.disk_free = Some(LEAST_DISK - 1)),
+            ("certificate", |facts| facts.certificates[0].1 = Err("key.pem is not the key of chain.pem".to_owned())),
             ("api port", |facts| facts.ports[0].2 = Err("Address already in use".to_owned())),
         ];
         for (name, spoil) in cases {
@@ -313,6 +405,12 @@ mod tests {
             ("memory", |facts| facts.memory_available = Some(GIB)),
             ("ip_forward", |facts| facts.ip_forward = Some(false)),
             ("endpoint names", |facts| facts.endpoint_name.1 = false),
+            ("https port", |facts| facts.https = Some(Err("Address already in use".to_owned()))),
+            ("forwarding", |facts| facts.forward_drop = Some("ip filter FORWARD".to_owned())),
+            ("certificate", |facts| spoil_certificate(facts, |found| found.until = SystemTime::now())),
+            ("certificate", |facts| spoil_certificate(facts, |found| found.until = SystemTime::now() + SOON)),
+            ("certificate", |facts| spoil_certificate(facts, |found| found.from = SystemTime::now() + SOON)),
+            ("certificate", |facts| spoil_certificate(facts, |found| found.lacks = vec!["eu-west-1".to_owned()])),
         ];
         for (name, spoil) in cases {
             let finding = spoilt(&ServeConfig::default(), spoil);

@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::{SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Stdio,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
+use hearth_ingress::{Chain, ChainFiles, any_endpoint};
 use hearth_machine::{
     kit::Kit,
     probe::{KvmProbe, probe_kvm},
@@ -18,6 +19,9 @@ use crate::{config::ServeConfig, connect::Connect, data_dir::DataDir};
 
 /// Longest time that one look may take: a program that asks a dead file server for its libraries must not hang the doctor.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Where `https://<endpoint>/` leads to on this host.
+const HTTPS: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 443);
 
 /// The programs that are looked for, with the argument that prints their version.
 const PROGRAMS: &[(&str, &str)] = &[
@@ -56,6 +60,12 @@ pub struct Facts {
     pub disk_free: Option<u64>,
     /// Bytes of memory that programs can have; `None` if that cannot be told.
     pub memory_available: Option<u64>,
+    /// The endpoints' certificates by their files, and what clients would find in them.
+    pub certificates: Vec<(PathBuf, Result<Certificate, String>)>,
+    /// `127.0.0.1:443` can be had, or why not; `None` if it is not wanted.
+    pub https: Option<Result<(), String>>,
+    /// A chain of the host's own packet filter that drops what no rule of it accepts, of all that the host forwards.
+    pub forward_drop: Option<String>,
     /// An endpoint's name that was looked up, and whether it leads to this host.
     pub endpoint_name: (String, bool),
     /// Each listener's address, and why it cannot be had if it cannot.
@@ -67,8 +77,8 @@ pub async fn gather(config: &ServeConfig, dir: &DataDir) -> Facts {
     let kit = find_kit(config);
     let checked_kit = blocking(move || check_kit(kit));
     let kvm = blocking(probe_kvm);
-    let (kit, kvm, programs, namespaces, endpoint_name) =
-        tokio::join!(checked_kit, kvm, programs(), namespaces(), endpoint_name(&config.domain, &config.region));
+    let looks = (programs(), namespaces(), endpoint_name(&config.domain, &config.region), forward_drop());
+    let (kit, kvm, programs, namespaces, endpoint_name, forward_drop) = tokio::join!(checked_kit, kvm, looks.0, looks.1, looks.2, looks.3);
     Facts {
         root: nix::unistd::geteuid().is_root(),
         arch: std::env::consts::ARCH,
@@ -82,9 +92,74 @@ pub async fn gather(config: &ServeConfig, dir: &DataDir) -> Facts {
         data_dir: dir.path().to_owned(),
         disk_free: disk_free(dir.path()),
         memory_available: fs::read_to_string("/proc/meminfo").ok().and_then(|text| parse_available(&text)),
+        certificates: certificates(config, dir),
+        https: https(config, dir),
+        forward_drop,
         endpoint_name,
         ports: ports(config, dir),
     }
+}
+
+/// A certificate as clients judge it.
+#[derive(Debug, Clone)]
+pub struct Certificate {
+    /// Names in it.
+    pub names: Vec<String>,
+    /// Regions whose endpoints it does not cover.
+    pub lacks: Vec<String>,
+    /// Valid from.
+    pub from: SystemTime,
+    /// Valid until.
+    pub until: SystemTime,
+}
+
+/// Those of the operator, or of the authority that issues them by itself, or the local authority's own.
+fn certificates(config: &ServeConfig, dir: &DataDir) -> Vec<(PathBuf, Result<Certificate, String>)> {
+    let regions = config.served_regions();
+    let found = |chain: &Chain| Certificate {
+        names: chain.names().to_vec(),
+        lacks: regions.iter().filter(|region| !chain.covers(&any_endpoint(region, &config.domain))).cloned().collect(),
+        from: chain.not_before(),
+        until: chain.not_after(),
+    };
+    let files = config.tls.chain_files();
+    if let Some(acme) = config.tls.acme(&regions, &config.domain, dir.acme()) {
+        let kept = hearth_ingress::kept_chain(&acme).transpose();
+        return kept.map(|kept| (acme.dir, kept.map(|chain| found(&chain)).map_err(|error| error.to_string()))).into_iter().collect();
+    }
+    if !files.is_empty() {
+        let read = |files: &ChainFiles| Chain::read(files).map(|chain| found(&chain)).map_err(|error| error.to_string());
+        return files.iter().map(|files| (files.chain.clone(), read(files))).collect();
+    }
+    let path = dir.ca_certificate();
+    let until = fs::read_to_string(&path).ok().and_then(|pem| hearth_ingress::ends(&pem));
+    let authority =
+        |until| Certificate { names: vec!["the local authority".to_owned()], lacks: Vec::new(), from: SystemTime::UNIX_EPOCH, until };
+    until.map(|until| (path, Ok(authority(until)))).into_iter().collect()
+}
+
+/// Whether the port that `https` means can be had, where the settings leave it to the server.
+fn https(config: &ServeConfig, dir: &DataDir) -> Option<Result<(), String>> {
+    let wanted = config.endpoint.is_none() && Connect::read(dir).is_err();
+    wanted.then(|| TcpListener::bind(HTTPS).map(drop).map_err(|error| error.to_string()))
+}
+
+/// A base chain that drops forwarded packets by policy, as Docker's does: accepting them elsewhere does not help.
+async fn forward_drop() -> Option<String> {
+    let mut command = tokio::process::Command::new("nft");
+    command.args(["--json", "list", "chains"]).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(DEADLINE, command.output()).await.ok()?.ok()?;
+    parse_forward_drop(&output.stdout)
+}
+
+fn parse_forward_drop(chains: &[u8]) -> Option<String> {
+    let listed: serde_json::Value = serde_json::from_slice(chains).ok()?;
+    let text = |chain: &serde_json::Value, key: &str| chain[key].as_str().unwrap_or_default().to_owned();
+    let dropping = |chain: &&serde_json::Value| {
+        chain["hook"] == "forward" && chain["policy"] == "drop" && ["ip", "inet"].contains(&text(chain, "family").as_str())
+    };
+    let chain = listed["nftables"].as_array()?.iter().filter_map(|object| object.get("chain")).find(dropping)?;
+    Some(format!("{} {} {}", text(chain, "family"), text(chain, "table"), text(chain, "name")))
 }
 
 /// Where the guest kit is looked for; the last place if it is in none.
@@ -170,6 +245,8 @@ async fn blocking<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) 
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -189,6 +266,19 @@ mod tests {
     async fn a_program_that_is_not_there_has_no_version() {
         assert_eq!(version("hearth-test-no-such-program", "--version").await, None);
         assert!(version("sh", "-c").await.is_some());
+    }
+
+    #[test]
+    fn a_chain_that_drops_what_the_host_forwards_is_found() {
+        let chains = |policy: &str| {
+            let chain = json!({"family": "ip", "table": "filter", "name": "FORWARD", "hook": "forward", "policy": policy});
+            let input = json!({"family": "ip", "table": "filter", "name": "INPUT", "hook": "input", "policy": "drop"});
+            json!({"nftables": [{"metainfo": {}}, {"chain": input}, {"chain": {"family": "ip", "name": "DOCKER"}}, {"chain": chain}]})
+                .to_string()
+        };
+        assert_eq!(parse_forward_drop(chains("drop").as_bytes()), Some("ip filter FORWARD".to_owned()));
+        assert_eq!(parse_forward_drop(chains("accept").as_bytes()), None);
+        assert_eq!(parse_forward_drop(b""), None);
     }
 
     #[test]

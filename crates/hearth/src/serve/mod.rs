@@ -5,6 +5,7 @@
 //! signal ─▶ connect.json gone ─▶ nothing new accepted ─▶ MicroVMs suspended ─▶ engine ended ─▶ scratch space emptied
 //! ```
 
+mod certificates;
 mod listen;
 mod logging;
 mod signals;
@@ -12,11 +13,12 @@ mod signals;
 use std::{io::Write, net::SocketAddr, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
+use futures::FutureExt;
 use hearth_api::Auth;
 use hearth_build::{Builder, BuilderConfig};
 use hearth_control::{Control, Deps, GuestSettings, Settings, logs::LogStore, token::Keyring, types::Caller};
 use hearth_identity::Directory;
-use hearth_ingress::{EndpointCertificates, IngressConfig, LocalCa};
+use hearth_ingress::{IngressConfig, LocalCa};
 use hearth_machine::{
     Engine,
     kit::Kit,
@@ -25,10 +27,14 @@ use hearth_machine::{
 };
 use hearth_objects::{Access, LocalObjects};
 use hearth_store::Store;
-use tokio::net::UnixListener;
+use tokio::{net::UnixListener, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{listen::Listeners, signals::Signals};
+use self::{
+    certificates::Certificates,
+    listen::Listeners,
+    signals::{Asked, Signals},
+};
 use crate::{
     admin::{self, Admin},
     config::{ServeConfig, reachable},
@@ -59,18 +65,23 @@ pub async fn serve(config: ServeConfig, dir: DataDir) -> anyhow::Result<ExitCode
     let prepared = tokio::select! {
         prepared = Prepared::new(config, dir) => prepared?,
         // What had been begun is dropped, and ends with that.
-        signal = signals.next() => {
+        signal = signals.end() => {
             tracing::info!(signal, "stopped before it could serve");
             return Ok(ExitCode::SUCCESS);
         }
     };
     // From here on things are started that have to be stopped: a signal waits until all of them are.
     let server = Server::start(prepared).await?;
-    let signal = signals.next().await;
+    let signal = loop {
+        match signals.next().await {
+            Asked::End(signal) => break signal,
+            Asked::Reload => server.reload.notify_one(),
+        }
+    };
     tracing::info!(signal, "stopping; a second signal ends the server at once");
     tokio::select! {
         stopped = server.stop() => stopped?,
-        signal = signals.next() => {
+        signal = signals.end() => {
             tracing::warn!(signal, "ended at once");
             return Ok(ExitCode::FAILURE);
         }
@@ -88,7 +99,7 @@ struct Prepared {
     credentials: Vec<Credentials>,
     principals: Arc<Directory>,
     origin: Origin,
-    ca: LocalCa,
+    certificates: Certificates,
     store: Store,
     objects: LocalObjects,
     keyring: Keyring,
@@ -109,6 +120,7 @@ impl Prepared {
         let ca = LocalCa::load_or_create(&dir.ca())?;
         hearth_ingress::write_bundle(hearth_ingress::system_bundle().as_deref(), &ca, &dir.ca_bundle())
             .with_context(|| format!("writing {}", dir.ca_bundle().display()))?;
+        let certificates = Certificates::read(&config, &dir, ca)?;
         let store = Store::open(&dir.database()).await?;
         let principals = Arc::new(iam::directory(&config, &dir, &credentials)?);
         let objects = LocalObjects::open(&dir.objects(), &config.account, Arc::new(ObjectPrincipals(Arc::clone(&principals))))?;
@@ -117,7 +129,22 @@ impl Prepared {
         let builder = builder(&config, &dir, &kit).await?;
         let accelerator = doctor::accelerator(&facts, &config);
         tracing::info!(accelerator = accelerator.name(), choice = ?config.engine, kvm = %facts.kvm, "engine chosen");
-        Ok(Self { config, dir, lock, listeners, credentials, principals, origin, ca, store, objects, keyring, kit, builder, accelerator })
+        Ok(Self {
+            config,
+            dir,
+            lock,
+            listeners,
+            credentials,
+            principals,
+            origin,
+            certificates,
+            store,
+            objects,
+            keyring,
+            kit,
+            builder,
+            accelerator,
+        })
     }
 }
 
@@ -128,6 +155,8 @@ struct Server {
     engine: Arc<dyn Engine>,
     /// Ends the listeners.
     stop: CancellationToken,
+    /// Has files read again.
+    reload: Arc<Notify>,
     listeners: TaskTracker,
     _lock: Lock,
 }
@@ -142,7 +171,7 @@ impl Server {
             credentials,
             principals,
             origin,
-            ca,
+            certificates,
             store,
             objects,
             keyring,
@@ -173,15 +202,16 @@ impl Server {
         let connect = Connect {
             api: listeners.api_url.clone(),
             endpoint: listeners.endpoint,
-            ca: ca.certificate_path().to_owned(),
+            ca: dir.ca_certificate(),
             region: config.region.clone(),
             account: config.account.clone(),
             access_key_id: first.access_key_id.clone(),
             secret_access_key: first.secret_access_key.clone(),
             pid: std::process::id(),
         };
-        let server = Self { dir, control, engine, stop: CancellationToken::new(), listeners: TaskTracker::new(), _lock: lock };
-        let listening = server.listen(&config, listeners, ca, &objects, logs, principals);
+        let reload = certificates.reload();
+        let server = Self { dir, control, engine, stop: CancellationToken::new(), reload, listeners: TaskTracker::new(), _lock: lock };
+        let listening = server.listen(&config, listeners, certificates, &objects, logs, principals);
         if let Err(error) = listening.and_then(|()| connect.publish(&server.dir).context("writing connect.json")) {
             server.stop().await?;
             return Err(error);
@@ -195,7 +225,7 @@ impl Server {
         &self,
         config: &ServeConfig,
         listeners: Listeners,
-        ca: LocalCa,
+        certificates: Certificates,
         objects: &LocalObjects,
         logs: Arc<LogStore>,
         principals: Arc<Directory>,
@@ -235,7 +265,8 @@ impl Server {
         let served = axum::serve(socket, trusted).with_graceful_shutdown(self.stop.clone().cancelled_owned());
         self.listeners.spawn(run_api("administrator's socket", served, self.stop.clone()));
 
-        let tls = hearth_ingress::server_config(Arc::new(EndpointCertificates::new(ca, &config.domain)))?;
+        let tls = hearth_ingress::server_config(certificates.served())?;
+        self.listeners.spawn(self.stop.clone().run_until_cancelled_owned(certificates.keep()).map(drop));
         let endpoints = hearth_ingress::serve(listeners.endpoints, tls, self.control.clone(), IngressConfig::default(), self.stop.clone());
         self.listeners.spawn(endpoints);
         self.listeners.close();

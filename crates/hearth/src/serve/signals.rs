@@ -1,15 +1,26 @@
-//! The signals that end the server.
+//! The signals that the server heeds.
 
-use std::io;
+use std::io::{self, IsTerminal};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Listens for the signals that end the server, from its making on.
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// The server to end; the signal's name.
+    End(&'static str),
+    /// What was read from files at the start to be read again: SIGHUP, unless it tells that the terminal is gone.
+    Reload,
+}
+
+/// Listens for signals, from its making on.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    /// A person started the server in a terminal, whose end is the server's.
+    in_terminal: bool,
 }
 
 impl Signals {
@@ -19,15 +30,25 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            in_terminal: io::stdin().is_terminal(),
         })
     }
 
-    /// Waits for the next one and returns its name.
-    pub async fn next(&mut self) -> &'static str {
+    /// Waits for the next one.
+    pub async fn next(&mut self) -> Asked {
         tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-            _ = self.hangup.recv() => "SIGHUP",
+            _ = self.terminate.recv() => Asked::End("SIGTERM"),
+            _ = self.interrupt.recv() => Asked::End("SIGINT"),
+            _ = self.hangup.recv() => if self.in_terminal { Asked::End("SIGHUP") } else { Asked::Reload },
+        }
+    }
+
+    /// Waits for the next one that ends the server.
+    pub async fn end(&mut self) -> &'static str {
+        loop {
+            if let Asked::End(signal) = self.next().await {
+                return signal;
+            }
         }
     }
 }

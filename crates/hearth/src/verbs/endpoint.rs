@@ -1,6 +1,9 @@
 //! `hearth open` and `hearth curl`: a MicroVM's endpoint with a token made for it.
 
-use std::process::{ExitCode, Stdio};
+use std::{
+    path::Path,
+    process::{ExitCode, Stdio},
+};
 
 use anyhow::Context;
 use clap::Args;
@@ -75,7 +78,7 @@ async fn command(client: &Client, id: &str, port: u16, path: &str, minutes: u32)
     let connect = Connect::read(client.dir())?;
     let microvm = microvm::find(client, id).await?;
     let token = mint(client, &microvm.microvm_id, port, minutes).await?;
-    Ok(words(&connect, &microvm.endpoint, token, port, path))
+    Ok(words(&connect, &client.dir().ca_bundle(), &microvm.endpoint, token, port, path))
 }
 
 async fn mint(client: &Client, id: &str, port: u16, minutes: u32) -> Result<Token, ClientError> {
@@ -83,10 +86,11 @@ async fn mint(client: &Client, id: &str, port: u16, minutes: u32) -> Result<Toke
     client.call(Method::POST, &format!("/2025-09-09/microvms/{}/auth-token", names::escape(id)), Some(request)).await
 }
 
-/// The words of the command. The name in the URL is the endpoint's, wherever its listener is.
-fn words(connect: &Connect, endpoint: &str, token: Token, port: u16, path: &str) -> Vec<String> {
+/// The words of the command. The name in the URL is the endpoint's, wherever its listener is; its certificate may be the operator's, so all
+/// authorities of the host count.
+fn words(connect: &Connect, authorities: &Path, endpoint: &str, token: Token, port: u16, path: &str) -> Vec<String> {
     let slash = if path.starts_with('/') { "" } else { "/" };
-    let mut words: Vec<String> = ["curl", "--no-progress-meter", "--cacert", &connect.ca.display().to_string()].map(str::to_owned).into();
+    let mut words: Vec<String> = ["curl", "--no-progress-meter", "--cacert", &authorities.display().to_string()].map(str::to_owned).into();
     words.extend(["--connect-to".to_owned(), format!("::{}", connect.endpoint)]);
     for (name, value) in token.auth_token {
         words.extend(["--header".to_owned(), format!("{name}: {value}")]);
@@ -104,14 +108,14 @@ mod tests {
     #[test]
     fn the_command_reaches_the_listener_under_the_endpoint_s_name() {
         let token = Token { auth_token: [("X-aws-proxy-auth".to_owned(), "t".to_owned())].into() };
-        let words = words(&example(), "u.lambda-microvm.us-east-1.localhost", token, 5000, "x?y=1");
+        let words = words(&example(), Path::new("/data/ca-bundle.pem"), "u.lambda-microvm.us-east-1.localhost", token, 5000, "x?y=1");
         assert_eq!(
             words,
             [
                 "curl",
                 "--no-progress-meter",
                 "--cacert",
-                "/data/ca/ca.pem",
+                "/data/ca-bundle.pem",
                 "--connect-to",
                 "::127.0.0.1:8443",
                 "--header",

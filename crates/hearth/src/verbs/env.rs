@@ -25,13 +25,18 @@ pub fn run(dir: &DataDir) -> anyhow::Result<ExitCode> {
 
 /// The lines, each value quoted for a POSIX shell.
 pub fn exports(connect: &Connect, dir: &DataDir) -> String {
+    let bundle = dir.ca_bundle().display().to_string();
     let variables = [
         ("AWS_ENDPOINT_URL", connect.api.clone()),
         ("AWS_ACCESS_KEY_ID", connect.access_key_id.clone()),
         ("AWS_SECRET_ACCESS_KEY", connect.secret_access_key.clone()),
         ("AWS_REGION", connect.region.clone()),
         ("AWS_DEFAULT_REGION", connect.region.clone()),
-        ("CURL_CA_BUNDLE", dir.ca_bundle().display().to_string()),
+        ("CURL_CA_BUNDLE", bundle.clone()),
+        ("NODE_EXTRA_CA_CERTS", bundle.clone()),
+        ("REQUESTS_CA_BUNDLE", bundle.clone()),
+        ("AWS_CA_BUNDLE", bundle.clone()),
+        ("SSL_CERT_FILE", bundle),
         ("HEARTH_DATA_DIR", dir.path().display().to_string()),
         ("HEARTH_ENDPOINT", connect.endpoint.to_string()),
         ("HEARTH_CA", connect.ca.display().to_string()),

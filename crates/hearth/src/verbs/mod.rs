@@ -8,3 +8,4 @@ pub mod logs;
 pub mod microvm;
 mod names;
 mod table;
+pub mod trust;
