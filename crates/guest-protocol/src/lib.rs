@@ -37,7 +37,7 @@ pub use message::{
     HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Ready, StreamHeader, TerminalSize,
 };
 pub use mux::{Carrier, Mux, MuxError, Stream};
-pub use wire::{WireError, read_message, write_message};
+pub use wire::{WireError, read_message, write_message, write_messages};
 
 /// Version of this protocol. A host refuses a guest that speaks another one: the image must be rebuilt with the present guest kit.
 pub const VERSION: u32 = 2;

@@ -24,13 +24,20 @@ pub enum WireError {
 
 /// Writes one message and flushes it.
 pub async fn write_message<T: Serialize>(writer: &mut (impl AsyncWrite + Unpin), message: &T) -> Result<(), WireError> {
-    let body = postcard::to_stdvec(message)?;
-    let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_MESSAGE_BYTES);
-    let length = length.ok_or(WireError::TooLong(body.len()))?;
-    let mut frame = Vec::with_capacity(4 + body.len());
-    frame.extend_from_slice(&length.to_le_bytes());
-    frame.extend_from_slice(&body);
-    writer.write_all(&frame).await?;
+    write_messages(writer, std::slice::from_ref(message)).await
+}
+
+/// Writes some messages, as many at once as go into one write, and flushes them.
+pub async fn write_messages<T: Serialize>(writer: &mut (impl AsyncWrite + Unpin), messages: &[T]) -> Result<(), WireError> {
+    let mut frames = Vec::new();
+    for message in messages {
+        let body = postcard::to_stdvec(message)?;
+        let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_MESSAGE_BYTES);
+        let length = length.ok_or(WireError::TooLong(body.len()))?;
+        frames.extend_from_slice(&length.to_le_bytes());
+        frames.extend_from_slice(&body);
+    }
+    writer.write_all(&frames).await?;
     writer.flush().await?;
     Ok(())
 }

@@ -1,23 +1,35 @@
-//! The application's output on its way to the host. The pipes are always drained, so the application never blocks on a host that does not
-//! listen; what nobody fetches in time is counted and forgotten, oldest first.
+//! The application's output on its way to the host.
+//!
+//! The queue of lines is bounded. While the host takes lines, an application that writes faster waits, as it would for a slow terminal. If
+//! the host takes none for a moment, nobody waits for it any more: lines are counted and forgotten, oldest first, and the next line that is
+//! there says how many. What was taken but not delivered when a session breaks off is taken again by the next one.
 
 use std::{
     collections::VecDeque,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use hearth_guest_protocol::{LogRecord, LogSource};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     sync::Notify,
+    time::timeout,
 };
 
-/// Records kept while nobody fetches them.
-pub const CAPACITY: usize = 1024;
-/// Longest piece of a line, in bytes.
-pub const LINE_BYTES: usize = 8 << 10;
+/// Most bytes of lines in the queue. Part of what the application cannot have of the machine's memory.
+const CAPACITY_BYTES: usize = 1 << 20;
+/// What a line costs beside its bytes, about.
+const RECORD_BYTES: usize = 96;
+/// Longest piece of a line, in bytes; a longer line is several records.
+pub const LINE_BYTES: usize = 64 << 10;
+/// Bytes taken from the queue at once, unless one line is longer.
+const BATCH_BYTES: usize = 32 << 10;
+/// Bytes read from a pipe at once.
+const CHUNK_BYTES: usize = 16 << 10;
+/// How long the application waits for a host that takes nothing.
+const PATIENCE: Duration = Duration::from_millis(250);
 
 /// A bounded queue of records. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -27,63 +39,133 @@ pub struct Logs {
 
 #[derive(Debug, Default)]
 struct Shared {
-    queue: Mutex<VecDeque<LogRecord>>,
+    queue: Mutex<Queue>,
     pushed: Notify,
-    drained: Notify,
+    delivered: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    records: VecDeque<LogRecord>,
+    bytes: usize,
+    /// The first so many records are with the reader: they stay until it says that they are delivered.
+    taken: usize,
+    /// Nothing was delivered for as long as anybody waits.
+    stalled: bool,
+}
+
+impl Queue {
+    fn has_room(&self, bytes: usize) -> bool {
+        self.bytes + bytes + RECORD_BYTES <= CAPACITY_BYTES
+    }
+
+    fn push(&mut self, mut record: LogRecord) {
+        let mut lost = 0;
+        while !self.has_room(record.line.len())
+            && let Some(oldest) = self.records.remove(self.taken)
+        {
+            self.bytes -= oldest.line.len() + RECORD_BYTES;
+            lost += oldest.dropped + 1;
+        }
+        self.records.get_mut(self.taken).unwrap_or(&mut record).dropped += lost;
+        self.bytes += record.line.len() + RECORD_BYTES;
+        self.records.push_back(record);
+    }
+
+    fn take(&mut self) -> Vec<LogRecord> {
+        let mut bytes = 0;
+        let fits = |record: &&LogRecord| {
+            let first = bytes == 0;
+            bytes += record.line.len() + RECORD_BYTES;
+            first || bytes <= BATCH_BYTES
+        };
+        let batch: Vec<LogRecord> = self.records.iter().take_while(fits).cloned().collect();
+        self.taken = batch.len();
+        batch
+    }
+
+    fn deliver(&mut self) {
+        for record in self.records.drain(..self.taken) {
+            self.bytes -= record.line.len() + RECORD_BYTES;
+        }
+        self.taken = 0;
+        self.stalled = false;
+    }
 }
 
 impl Logs {
     /// Adds a line. Never waits: a full queue loses its oldest record.
-    pub fn push(&self, source: LogSource, line: &[u8]) {
+    pub fn push(&self, source: LogSource, line: Vec<u8>) {
         let time_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX));
-        let mut queue = self.queue();
-        queue.push_back(LogRecord { source, time_ns, line: line.to_vec(), dropped: 0 });
-        if queue.len() > CAPACITY {
-            let lost = queue.pop_front().map_or(0, |record| record.dropped + 1);
-            if let Some(oldest) = queue.front_mut() {
-                oldest.dropped += lost;
-            }
-        }
-        drop(queue);
+        self.queue().push(LogRecord { source, time_ns, line, dropped: 0 });
         self.shared.pushed.notify_one();
     }
 
-    /// The oldest record, when there is one. Meant for one reader at a time.
-    pub async fn next(&self) -> LogRecord {
+    /// The oldest records, when there are any. They stay in the queue until [`Logs::delivered`]. Meant for one reader at a time.
+    pub async fn take(&self) -> Vec<LogRecord> {
         loop {
-            if let Some(record) = self.queue().pop_front() {
-                return record;
+            let batch = self.queue().take();
+            if !batch.is_empty() {
+                return batch;
             }
-            self.shared.drained.notify_waiters();
             self.shared.pushed.notified().await;
         }
     }
 
-    /// Waits until a reader has fetched everything and asks for more.
-    pub async fn drained(&self) {
-        let drained = self.shared.drained.notified();
-        if !self.queue().is_empty() {
-            drained.await;
+    /// What was taken last need not be kept.
+    pub fn delivered(&self) {
+        self.queue().deliver();
+        self.shared.delivered.notify_waiters();
+    }
+
+    /// Waits until everything is delivered, as long as something is delivered every now and then: at least once in `patience`.
+    pub async fn drained(&self, patience: Duration) {
+        let empty = |queue: &Queue| queue.records.is_empty();
+        while !empty(&self.queue()) {
+            if !self.progress(patience, empty).await {
+                return;
+            }
         }
     }
 
     /// Copies a pipe into the queue, line by line, until its end.
     pub async fn collect(self, source: LogSource, mut pipe: impl AsyncRead + Unpin) -> io::Result<()> {
         let mut lines = Lines::default();
-        let mut chunk = vec![0; LINE_BYTES];
+        let mut chunk = vec![0; CHUNK_BYTES];
         loop {
             let count = pipe.read(&mut chunk).await?;
+            let mut bytes = &chunk[..count];
+            while let Some(line) = if count == 0 { lines.finish() } else { lines.next(&mut bytes) } {
+                self.wait_for_room(line.len()).await;
+                self.push(source, line);
+                // A busy writer must not keep the only thread.
+                tokio::task::consume_budget().await;
+            }
             if count == 0 {
-                lines.finish(|line| self.push(source, line));
                 return Ok(());
             }
-            lines.split(&chunk[..count], |line| self.push(source, line));
-            // A busy writer must not keep the only thread.
-            tokio::task::consume_budget().await;
         }
     }
 
-    fn queue(&self) -> MutexGuard<'_, VecDeque<LogRecord>> {
+    async fn wait_for_room(&self, bytes: usize) {
+        let go_on = |queue: &Queue| queue.stalled || queue.has_room(bytes);
+        while !go_on(&self.queue()) {
+            if !self.progress(PATIENCE, go_on).await {
+                self.queue().stalled = true;
+            }
+        }
+    }
+
+    /// Waits for the next delivery, unless `enough` holds already; false if there is none in time.
+    async fn progress(&self, patience: Duration, enough: impl Fn(&Queue) -> bool) -> bool {
+        let delivered = self.shared.delivered.notified();
+        tokio::pin!(delivered);
+        // From here on no delivery is missed.
+        delivered.as_mut().enable();
+        enough(&self.queue()) || timeout(patience, delivered).await.is_ok()
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
         self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -95,50 +177,57 @@ struct Lines {
 }
 
 impl Lines {
-    fn split(&mut self, mut bytes: &[u8], mut emit: impl FnMut(&[u8])) {
-        while !bytes.is_empty() {
-            let room = LINE_BYTES - self.partial.len();
-            let window = &bytes[..bytes.len().min(room)];
-            match window.iter().position(|&byte| byte == b'\n') {
-                Some(end) => {
-                    self.partial.extend_from_slice(&window[..end]);
-                    emit(&self.partial);
-                    self.partial.clear();
-                    bytes = &bytes[end + 1..];
-                }
-                None => {
-                    self.partial.extend_from_slice(window);
-                    bytes = &bytes[window.len()..];
-                    if self.partial.len() == LINE_BYTES {
-                        emit(&self.partial);
-                        self.partial.clear();
-                    }
-                }
+    /// The next line, of what there was before and of the beginning of `bytes`, which is then gone from there.
+    fn next(&mut self, bytes: &mut &[u8]) -> Option<Vec<u8>> {
+        let room = LINE_BYTES - self.partial.len();
+        let window = &bytes[..bytes.len().min(room)];
+        let end = window.iter().position(|&byte| byte == b'\n');
+        self.partial.extend_from_slice(&window[..end.unwrap_or(window.len())]);
+        *bytes = &bytes[end.map_or(window.len(), |end| end + 1)..];
+        if end.is_none() {
+            if self.partial.len() < LINE_BYTES {
+                return None;
             }
+            let rest = self.partial.split_off(whole_characters(&self.partial));
+            return Some(std::mem::replace(&mut self.partial, rest));
         }
+        Some(std::mem::take(&mut self.partial))
     }
 
-    fn finish(&mut self, mut emit: impl FnMut(&[u8])) {
-        if !self.partial.is_empty() {
-            emit(&self.partial);
-            self.partial.clear();
-        }
+    /// What the stream ends with, if that is no whole line.
+    fn finish(&mut self) -> Option<Vec<u8>> {
+        (!self.partial.is_empty()).then(|| std::mem::take(&mut self.partial))
     }
+}
+
+/// Length of `text` without the beginning of a UTF-8 character that may be completed by what follows.
+fn whole_characters(text: &[u8]) -> usize {
+    let last = text.iter().rposition(|byte| byte & 0b1100_0000 != 0b1000_0000).unwrap_or(0);
+    let expected = text.get(last).map_or(1, |byte| match byte.leading_ones() {
+        ones @ 2..=4 => ones as usize,
+        _ => 1,
+    });
+    if text.len() - last < expected { last } else { text.len() }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn cut(chunks: &[&[u8]]) -> Vec<Vec<u8>> {
         let (mut lines, mut out) = (Lines::default(), Vec::new());
-        for chunk in chunks {
-            lines.split(chunk, |line| out.push(line.to_vec()));
+        for mut chunk in chunks.iter().copied() {
+            out.extend(std::iter::from_fn(|| lines.next(&mut chunk)));
         }
-        lines.finish(|line| out.push(line.to_vec()));
+        out.extend(lines.finish());
         out
+    }
+
+    async fn next(logs: &Logs) -> LogRecord {
+        let record = logs.take().await.remove(0);
+        logs.queue().taken = 1;
+        logs.delivered();
+        record
     }
 
     #[test]
@@ -149,41 +238,114 @@ mod tests {
         assert!(cut(&[]).is_empty());
     }
 
+    #[test]
+    fn a_cut_goes_around_characters() {
+        let long = "\u{1F525}".repeat(LINE_BYTES / 4 * 3);
+        // Nowhere is the beginning of a character a multiple of the limit.
+        let pieces = cut(&[b"abc", long.as_bytes()]);
+        assert!(pieces.len() > 2 && pieces.iter().all(|piece| std::str::from_utf8(piece).is_ok()));
+        assert_eq!(pieces.concat().len(), 3 + long.len());
+        // What is no text is cut where the limit is.
+        for byte in [0x80, 0xff, 0xc0] {
+            assert_eq!(cut(&[&vec![byte; 2 * LINE_BYTES]]).concat().len(), 2 * LINE_BYTES);
+        }
+        assert_eq!(whole_characters(b"a\xe2\x82"), 1);
+        assert_eq!(whole_characters(b"a\xe2\x82\xac"), 4);
+    }
+
     #[tokio::test]
     async fn a_full_queue_loses_and_counts_the_oldest() {
         let logs = Logs::default();
-        for number in 0..CAPACITY + 5 {
-            logs.push(LogSource::Stdout, number.to_string().as_bytes());
+        let fit = CAPACITY_BYTES / (1000 + RECORD_BYTES);
+        for number in 0..fit + 5 {
+            logs.push(LogSource::Stdout, format!("{number:01000}").into_bytes());
         }
-        let first = logs.next().await;
-        assert_eq!((first.line.as_slice(), first.dropped), (b"5".as_slice(), 5));
-        assert_eq!(logs.next().await.dropped, 0);
+        let first = next(&logs).await;
+        assert_eq!((first.line, first.dropped), (format!("{:01000}", 5).into_bytes(), 5));
+        assert_eq!(next(&logs).await.dropped, 0);
+        assert!(logs.queue().bytes <= CAPACITY_BYTES);
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_is_neither_lost_nor_forgotten() {
+        let logs = Logs::default();
+        logs.push(LogSource::Stdout, b"first".to_vec());
+        assert_eq!(logs.take().await.len(), 1);
+        for _ in 0..2 * CAPACITY_BYTES / LINE_BYTES {
+            logs.push(LogSource::Stdout, vec![b'x'; LINE_BYTES]);
+        }
+        // A session that broke off has delivered nothing.
+        let again = logs.take().await;
+        assert_eq!((again[0].line.as_slice(), again[0].dropped), (b"first".as_slice(), 0));
+        logs.delivered();
+        assert!(next(&logs).await.dropped >= (CAPACITY_BYTES / LINE_BYTES) as u64);
     }
 
     #[tokio::test]
     async fn a_pipe_is_collected_to_its_end() {
         let logs = Logs::default();
         logs.clone().collect(LogSource::Stderr, b"a\nb".as_slice()).await.unwrap();
-        assert_eq!(logs.next().await.line, b"a");
-        let last = logs.next().await;
+        assert_eq!(next(&logs).await.line, b"a");
+        let last = next(&logs).await;
         assert_eq!((last.line.as_slice(), last.source), (b"b".as_slice(), LogSource::Stderr));
     }
 
-    #[tokio::test]
-    async fn drained_waits_for_the_reader() {
+    #[tokio::test(start_paused = true)]
+    async fn a_writer_waits_for_a_reader_but_not_for_ever() {
+        let lines: Vec<u8> = (0..40_000).flat_map(|number| format!("{number:0100}\n").into_bytes()).collect();
+        let total = |records: &[LogRecord]| records.iter().map(|record| record.dropped + 1).sum::<u64>();
+
+        // With a reader, however slow, every line arrives.
         let logs = Logs::default();
-        logs.drained().await;
-        logs.push(LogSource::System, b"x");
-        assert!(tokio::time::timeout(Duration::from_millis(20), logs.drained()).await.is_err());
+        let writer = tokio::spawn({
+            let (logs, lines) = (logs.clone(), lines.clone());
+            async move { logs.collect(LogSource::Stdout, lines.as_slice()).await }
+        });
+        let mut read = Vec::new();
+        while read.len() < 40_000 {
+            read.extend(logs.take().await);
+            tokio::time::sleep(PATIENCE / 2).await;
+            logs.delivered();
+        }
+        writer.await.unwrap().unwrap();
+        assert_eq!(total(&read), 40_000);
+
+        // Without one it waits once.
+        let started = tokio::time::Instant::now();
+        logs.clone().collect(LogSource::Stdout, lines.as_slice()).await.unwrap();
+        assert_eq!(started.elapsed(), PATIENCE);
+        let mut rest = Vec::new();
+        while !logs.queue().records.is_empty() {
+            rest.extend(logs.take().await);
+            logs.delivered();
+        }
+        assert!(rest.len() < 40_000 && rest[0].dropped > 0);
+        assert_eq!(total(&rest), 40_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn drained_waits_for_the_reader_while_there_is_one() {
+        let logs = Logs::default();
+        let patience = Duration::from_secs(1);
+        logs.drained(patience).await;
+        for _ in 0..10 {
+            logs.push(LogSource::System, vec![b'x'; BATCH_BYTES]);
+        }
+        let started = tokio::time::Instant::now();
+        logs.drained(patience).await;
+        assert_eq!(started.elapsed(), patience);
         let reader = tokio::spawn({
             let logs = logs.clone();
             async move {
                 loop {
-                    logs.next().await;
+                    logs.take().await;
+                    tokio::time::sleep(patience / 2).await;
+                    logs.delivered();
                 }
             }
         });
-        tokio::time::timeout(Duration::from_secs(5), logs.drained()).await.unwrap();
+        logs.drained(patience).await;
+        assert!(logs.queue().records.is_empty());
         reader.abort();
     }
 }

@@ -11,11 +11,11 @@ use std::{
 use anyhow::Context;
 use hearth_guest_protocol::{
     App, BOOT_MARKER, GuestMessage, Hello, HostMessage, LogSource, Marker, Mux, Ready, Stream, StreamHeader, VERSION, WireError,
-    await_marker, mux::MuxDriver, read_message, write_message,
+    await_marker, mux::MuxDriver, read_message, write_message, write_messages,
 };
 use nix::unistd::Pid;
 use tokio::{
-    io::{AsyncWriteExt, ReadHalf, WriteHalf},
+    io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf},
     sync::{mpsc, oneshot},
     task::JoinSet,
     time::{sleep, timeout},
@@ -38,8 +38,8 @@ use crate::{
 
 /// A port that fails is tried again after this: nothing announces that the kernel has changed its mind.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
-/// How long log lines may hold up other news: the end of the application, the end of the session.
-const LOGS_DEADLINE: Duration = Duration::from_millis(100);
+/// How long log lines may hold up other news, the end of the application or of the session, without the host taking one.
+const LOGS_PATIENCE: Duration = Duration::from_millis(500);
 /// An answer to the question for the time that comes within this is good: the clock is right to half of it.
 const GOOD_ANSWER: Duration = Duration::from_millis(20);
 /// How often to ask before the best answer has to do. A host that is so busy answers nothing else in time either.
@@ -179,6 +179,7 @@ impl Guest {
         let frozen = self.freezer.freeze().await;
         self.tell_failure(frozen);
         // What the application has written so far should be known before the machine stops.
+        self.logs.drained(LOGS_PATIENCE).await;
         drop(stop_shipping);
         let shipped = async {
             while !shipper.is_finished() {
@@ -187,7 +188,7 @@ impl Guest {
                 }
             }
         };
-        let _ = timeout(LOGS_DEADLINE, shipped).await;
+        let _ = timeout(LOGS_PATIENCE, shipped).await;
         Ok(farewell)
     }
 
@@ -234,7 +235,7 @@ impl Guest {
     fn tell_failure<E: std::fmt::Display>(&self, result: Result<(), E>) {
         if let Err(error) = result {
             eprintln!("hearth-guest: {error}");
-            self.logs.push(LogSource::System, error.to_string().as_bytes());
+            self.logs.push(LogSource::System, error.to_string().into_bytes());
         }
     }
 
@@ -323,7 +324,7 @@ async fn announce_exit(application: Arc<Application>, logs: Logs, news: mpsc::Se
     let mut exit = application.exit();
     // The application outlives every session, so the sender is there.
     let Ok(status) = exit.wait_for(Option::is_some).await.map(|status| *status) else { return };
-    let _ = timeout(LOGS_DEADLINE, logs.drained()).await;
+    logs.drained(LOGS_PATIENCE).await;
     if let Some(status) = status {
         // The session may have ended in the meantime; the next one says it again.
         let _ = news.send(GuestMessage::Exited(status)).await;
@@ -357,16 +358,17 @@ fn ship_logs(mux: Mux, logs: Logs) -> (impl Future<Output = ()>, oneshot::Sender
         write_message(&mut stream, &StreamHeader::Log).await?;
         loop {
             // The records that are there come before the order to stop.
-            let record = tokio::select! {
+            let records = tokio::select! {
                 biased;
-                record = logs.next() => record,
+                records = logs.take() => records,
                 _ = &mut stopped => break,
             };
-            write_message(&mut stream, &record).await?;
+            write_messages(&mut stream, &records).await?;
+            logs.delivered();
         }
         stream.shutdown().await?;
-        // Lets the session's task hand the bytes to the kernel.
-        tokio::task::yield_now().await;
+        // The host closes its side when it has read everything.
+        let _ = stream.read(&mut [0]).await;
         Ok::<_, WireError>(())
     };
     let task = async move {

@@ -26,6 +26,7 @@ use crate::{
     error::ControlError,
     hooks::{Hook, Hooks, iso_8601},
     logs::{LogLine, LogOrigin, LogWriter},
+    microvm::reason::app_exited,
     pump::Pump,
     records::{millis, version_name},
     services::Services,
@@ -301,7 +302,7 @@ impl Pipeline {
                     ))
                     .await;
                 }
-                Ok(Some(MachineEvent::AppExited(status))) => return Err(format!("Container Stopped with Exit Code: {}", status.code)),
+                Ok(Some(MachineEvent::AppExited(status))) => return Err(app_exited(status)),
                 Ok(Some(MachineEvent::Died { reason })) => return Err(self.host_failed(&reason).await),
                 Ok(Some(MachineEvent::DiskFailed { full: true })) => return Err(DISK_FULL.to_owned()),
                 Ok(Some(MachineEvent::DiskFailed { full: false })) => return Err(self.host_failed(&"the host's disk failed").await),

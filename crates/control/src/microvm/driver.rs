@@ -240,7 +240,7 @@ impl Driver {
 
     async fn heard(&mut self, event: MachineEvent) {
         match event {
-            MachineEvent::AppExited(status) => self.consider_alone(Message::AppExited(status.code)).await,
+            MachineEvent::AppExited(status) => self.consider_alone(Message::AppExited(status)).await,
             MachineEvent::Died { reason } => self.consider_alone(Message::Died(reason)).await,
             MachineEvent::Listening(_) | MachineEvent::Log(_) | MachineEvent::DiskFailed { .. } => {}
         }

@@ -38,7 +38,7 @@
 mod driver;
 mod operation;
 mod policy;
-mod reason;
+pub(crate) mod reason;
 mod ship;
 
 use std::{

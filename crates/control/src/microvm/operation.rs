@@ -255,7 +255,7 @@ impl Operation {
                 }
                 Err(Setback::Hook(reason::hook_failed(hook, &reply, hooks.port(), limit)))
             }
-            (Called::AppExited(status), _) => Err(Setback::Over(reason::app_exited(status.code))),
+            (Called::AppExited(status), _) => Err(Setback::Over(reason::app_exited(status))),
             (Called::Died(what), _) => Err(Setback::Over(reason::died(&what))),
         }
     }

@@ -1,5 +1,7 @@
 //! What a message means in the present state. Pure: the driver does what this says.
 
+use hearth_guest_protocol::ExitStatus;
+
 use crate::types::MicrovmState;
 
 use super::{Call, SuspendedBy, reason};
@@ -18,7 +20,7 @@ pub enum Message {
     /// It exists for as long as it may.
     LifetimeOver,
     /// The application's main process ended.
-    AppExited(i32),
+    AppExited(ExitStatus),
     /// The machine is gone; nobody asked for that.
     Died(String),
     /// The host stops.
@@ -117,7 +119,7 @@ pub fn decide(now: Situation, message: Message) -> Decision {
         (Running, Message::Idle) if now.sleeps => Decision::Suspend(SuspendedBy::Idle),
         (Running, Message::Idle) => Decision::Stop(reason::IDLE.to_owned()),
         (Running, Message::HostShutdown) => Decision::Suspend(SuspendedBy::Host),
-        (Running, Message::AppExited(code)) => Decision::End(reason::app_exited(code)),
+        (Running, Message::AppExited(status)) => Decision::End(reason::app_exited(status)),
         (Running, Message::Died(what)) => Decision::End(reason::died(&what)),
 
         // One that has been cancelled may come back running.
@@ -165,7 +167,7 @@ mod tests {
             ("idle", Message::Idle),
             ("too long", Message::SuspendedTooLong),
             ("lifetime", Message::LifetimeOver),
-            ("exited", Message::AppExited(3)),
+            ("exited", Message::AppExited(ExitStatus { code: 3, out_of_memory: false })),
             ("died", Message::Died("x".to_owned())),
             ("host", Message::HostShutdown),
             ("launched", Message::Done(Done::Launched)),
@@ -268,7 +270,10 @@ mod tests {
             assert_eq!(decide(situation(Running), message.clone()), Decision::Stop(reason.to_owned()));
             assert_eq!(decide(situation(Suspended), message), Decision::End(reason.to_owned()), "there is no app to ask");
         }
-        let exited = Message::AppExited(137);
+        let exited = Message::AppExited(ExitStatus { code: 137, out_of_memory: false });
         assert_eq!(decide(situation(Running), exited), Decision::End("Container Stopped with Exit Code: 137".to_owned()));
+        let exited = Message::AppExited(ExitStatus { code: 137, out_of_memory: true });
+        let Decision::End(reason) = decide(situation(Running), exited) else { panic!("it ends") };
+        assert!(reason.starts_with("Container Stopped with Exit Code: 137. The application ran out of memory"), "{reason}");
     }
 }

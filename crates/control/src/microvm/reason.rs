@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hearth_guest_protocol::HookReply;
+use hearth_guest_protocol::{ExitStatus, HookReply};
 use hearth_machine::{LaunchError, SnapshotError, SuspendError};
 
 use crate::hooks::{Hook, iso_8601};
@@ -31,8 +31,14 @@ pub fn hook_failed(hook: Hook, reply: &HookReply, port: u16, limit: Duration) ->
     format!("{} lifecycle hook {what}. Please check your hook endpoint and application logs for more details.", hook.title())
 }
 
-pub fn app_exited(code: i32) -> String {
-    format!("Container Stopped with Exit Code: {code}")
+pub fn app_exited(status: ExitStatus) -> String {
+    let ExitStatus { code, out_of_memory } = status;
+    let more = if out_of_memory {
+        ". The application ran out of memory, so everything in its container was ended. Give the image more: resources.minimumMemoryInMiB."
+    } else {
+        ""
+    };
+    format!("Container Stopped with Exit Code: {code}{more}")
 }
 
 pub fn died(what: &str) -> String {
