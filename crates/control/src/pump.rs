@@ -9,8 +9,8 @@ use crate::logs::{LogLine, LogOrigin, LogWriter};
 
 /// Events other than log lines that wait for the driver. There are a few in a machine's life; what a guest invents beyond that is lost.
 const EVENT_QUEUE: usize = 256;
-/// How long the last log lines of a machine that is gone are waited for.
-const LAST_LINES: Duration = Duration::from_secs(1);
+/// How long the last log lines of a machine that is gone are waited for: they are here already, and only the disk can keep them.
+const LAST_LINES: Duration = Duration::from_secs(10);
 
 /// A machine's events, without its log lines.
 pub(crate) struct Pump {

@@ -341,15 +341,12 @@ fn parse<T: DeserializeOwned>(name: &str) -> Option<T> {
 }
 
 fn text(line: &LogLine) -> Bytes {
-    let lost = if line.dropped > 0 { format!("[{} lines were lost here]\n", line.dropped) } else { String::new() };
-    format!("{lost}{}\n", line.text).into()
+    format!("{}\n", line.text).into()
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
-
-    use hearth_control::logs::LogOrigin;
 
     use super::*;
 
@@ -395,11 +392,5 @@ mod tests {
     fn states_are_read_by_their_names() {
         assert_eq!(parse::<MicrovmState>("RUNNING"), Some(MicrovmState::Running));
         assert_eq!(parse::<MicrovmState>("running"), None);
-    }
-
-    #[test]
-    fn losses_are_told_where_they_happened() {
-        let line = LogLine { dropped: 3, ..LogLine::now(LogOrigin::Stdout, "next") };
-        assert_eq!(text(&line), "[3 lines were lost here]\nnext\n");
     }
 }

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Each line is a JSON object: `t` milliseconds since the Unix epoch, `s` the source (`build`, `stdout`, `stderr`, `system`), `m` the text,
-//! `i`, if present, how many milliseconds after `t` it arrived here, and `d`, if present, how many lines were lost before this one. A line is
+//! `i`, if present, how many milliseconds after `t` it arrived here, and `d`, if present, how many lines were lost where this one stands, which says so. A line is
 //! never older than the one before it. A stream is open while a [`LogWriter`] for it lives; readers of an open stream are told when it grows.
 //! What has become too old or too much is removed by [`LogStore::keep`].
 
@@ -117,7 +117,7 @@ pub struct LogLine {
     /// Without its newline.
     #[serde(rename = "m")]
     pub text: String,
-    /// Lines lost before this one.
+    /// Lines lost before this one. As it is stored, a line of its own tells of them.
     #[serde(rename = "d", default, skip_serializing_if = "is_zero")]
     pub dropped: u64,
     /// Milliseconds from its time to its arrival here. The writer sets it.

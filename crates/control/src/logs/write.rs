@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::{
-    LogGroup, LogLine, LogStore, blocking, now_ms,
+    LogGroup, LogLine, LogOrigin, LogStore, blocking, now_ms,
     segments::{Segment, Segments},
 };
 
@@ -188,9 +188,23 @@ impl Task {
         Ok(())
     }
 
-    /// Adds a line to the batch. Its time is the writer's, but neither later than now nor earlier than the line before it, whatever the
+    /// Adds a line to the batch, after one that tells what was lost before it. Its time is the writer's, but neither later than now nor earlier than the line before it, whatever the
     /// clock of a guest says: a stream is in the order of its times.
     fn encode(&mut self, mut line: LogLine, batch: &mut Vec<u8>) {
+        if line.dropped > 0 {
+            let dropped = std::mem::take(&mut line.dropped);
+            let text = match dropped {
+                1 => "[1 line was lost here]".to_owned(),
+                more => format!("[{more} lines were lost here]"),
+            };
+            // Whoever reads the application's lines shall see it, whatever the line that follows is.
+            let origin = if line.origin == LogOrigin::System { LogOrigin::Stdout } else { line.origin };
+            self.encode_line(LogLine { origin, text, dropped, ..line }, batch);
+        }
+        self.encode_line(line, batch);
+    }
+
+    fn encode_line(&mut self, mut line: LogLine, batch: &mut Vec<u8>) {
         let now = now_ms();
         line.time_ms = line.time_ms.min(now).max(self.last_ms);
         line.late_ms = now.saturating_sub(line.time_ms);
@@ -204,7 +218,7 @@ impl Task {
                 Err(_) => batch.truncate(whole),
             }
             match rest {
-                Some(rest) => (line.text, line.dropped) = (rest, 0),
+                Some(rest) => line.text = rest,
                 None => return,
             }
         }
@@ -261,7 +275,7 @@ mod tests {
 
     use super::*;
     use crate::logs::{
-        LogOrigin, Retention, Route,
+        Retention, Route,
         tests::{group, line, route},
     };
 
@@ -340,6 +354,8 @@ mod tests {
         drop(writer);
         let lines: Vec<LogLine> = logs.follow(&group(), "s", 0).collect().await;
         assert_eq!(lines.iter().map(|line| line.dropped).sum::<u64>(), 7);
-        assert_eq!(lines.len(), QUEUE_LINES + 1);
+        assert_eq!(lines.len(), QUEUE_LINES + 2);
+        let texts: Vec<&str> = lines[QUEUE_LINES - 1..].iter().map(|line| line.text.as_str()).collect();
+        assert_eq!(texts, ["x", "[7 lines were lost here]", "after"]);
     }
 }
