@@ -266,6 +266,8 @@ pub enum FileCopy {
     Into {
         /// An existing directory.
         directory: String,
+        /// Owners and special mode bits as the stream has them, instead of root's and none.
+        archive: bool,
     },
     /// The guest sends a tar stream.
     OutOf {

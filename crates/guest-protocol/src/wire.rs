@@ -1,5 +1,7 @@
 //! Framing of messages: a little-endian `u32` length, then postcard.
 
+use std::io::{ErrorKind, Read, Write};
+
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -31,11 +33,7 @@ pub async fn write_message<T: Serialize>(writer: &mut (impl AsyncWrite + Unpin),
 pub async fn write_messages<T: Serialize>(writer: &mut (impl AsyncWrite + Unpin), messages: &[T]) -> Result<(), WireError> {
     let mut frames = Vec::new();
     for message in messages {
-        let body = postcard::to_stdvec(message)?;
-        let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_MESSAGE_BYTES);
-        let length = length.ok_or(WireError::TooLong(body.len()))?;
-        frames.extend_from_slice(&length.to_le_bytes());
-        frames.extend_from_slice(&body);
+        frame(message, &mut frames)?;
     }
     writer.write_all(&frames).await?;
     writer.flush().await?;
@@ -45,18 +43,47 @@ pub async fn write_messages<T: Serialize>(writer: &mut (impl AsyncWrite + Unpin)
 /// Reads one message. Not cancel safe: a caller that stops waiting must give the stream up.
 pub async fn read_message<T: DeserializeOwned>(reader: &mut (impl AsyncRead + Unpin)) -> Result<T, WireError> {
     let mut length = [0; 4];
-    match reader.read_exact(&mut length).await {
-        Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Err(WireError::Closed),
-        Err(error) => return Err(error.into()),
-    }
-    let length = u32::from_le_bytes(length) as usize;
-    if length > MAX_MESSAGE_BYTES {
-        return Err(WireError::TooLong(length));
-    }
-    let mut body = vec![0; length];
+    reader.read_exact(&mut length).await.map_err(ended)?;
+    let mut body = vec![0; body_length(length)?];
     reader.read_exact(&mut body).await?;
     Ok(postcard::from_bytes(&body)?)
+}
+
+/// [`write_message`] for a process that may wait.
+pub fn write_blocking<T: Serialize>(writer: &mut impl Write, message: &T) -> Result<(), WireError> {
+    let mut bytes = Vec::new();
+    frame(message, &mut bytes)?;
+    writer.write_all(&bytes)?;
+    Ok(writer.flush()?)
+}
+
+/// [`read_message`] for a process that may wait.
+pub fn read_blocking<T: DeserializeOwned>(reader: &mut impl Read) -> Result<T, WireError> {
+    let mut length = [0; 4];
+    reader.read_exact(&mut length).map_err(ended)?;
+    let mut body = vec![0; body_length(length)?];
+    reader.read_exact(&mut body)?;
+    Ok(postcard::from_bytes(&body)?)
+}
+
+/// Appends a message with its length.
+fn frame<T: Serialize>(message: &T, frames: &mut Vec<u8>) -> Result<(), WireError> {
+    let body = postcard::to_stdvec(message)?;
+    let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_MESSAGE_BYTES);
+    let length = length.ok_or(WireError::TooLong(body.len()))?;
+    frames.extend_from_slice(&length.to_le_bytes());
+    frames.extend_from_slice(&body);
+    Ok(())
+}
+
+fn body_length(length: [u8; 4]) -> Result<usize, WireError> {
+    let length = u32::from_le_bytes(length) as usize;
+    if length > MAX_MESSAGE_BYTES { Err(WireError::TooLong(length)) } else { Ok(length) }
+}
+
+/// An end between messages is one in order.
+fn ended(error: std::io::Error) -> WireError {
+    if error.kind() == ErrorKind::UnexpectedEof { WireError::Closed } else { error.into() }
 }
 
 #[cfg(test)]
@@ -74,6 +101,18 @@ mod tests {
         assert_eq!(read_message::<StreamHeader>(&mut far).await.unwrap(), sent);
         assert_eq!(read_message::<HostMessage>(&mut far).await.unwrap(), HostMessage::Detach { marker: [7; 16], trim: None });
         assert!(matches!(read_message::<HostMessage>(&mut far).await, Err(WireError::Closed)));
+    }
+
+    #[tokio::test]
+    async fn who_waits_reads_the_same() {
+        let mut wire = Vec::new();
+        write_message(&mut wire, &StreamHeader::Log).await.unwrap();
+        let mut expected = Vec::new();
+        write_blocking(&mut expected, &StreamHeader::Log).unwrap();
+        assert_eq!(wire, expected);
+        let mut wire = wire.as_slice();
+        assert_eq!(read_blocking::<StreamHeader>(&mut wire).unwrap(), StreamHeader::Log);
+        assert!(matches!(read_blocking::<StreamHeader>(&mut wire), Err(WireError::Closed)));
     }
 
     #[tokio::test]

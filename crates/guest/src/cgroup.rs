@@ -71,7 +71,6 @@ pub fn step_aside() -> Result<(), CgroupError> {
 }
 
 /// Puts this process into the group of another.
-#[allow(dead_code)]
 pub fn join_process(pid: Pid) -> Result<(), CgroupError> {
     let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
     let groups = read(&path)?;

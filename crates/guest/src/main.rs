@@ -6,13 +6,16 @@
 //!               └──────────────────────────────────────────────────────┘
 //! ```
 //!
-//! The binary is also its own helper: started as `hearth-guest container` it becomes the application (see [`app::container`]).
+//! The binary is also its own helper: started as `hearth-guest container` it becomes the application (see [`app::container`]), as
+//! `hearth-guest exec` it starts another process in the container ([`exec::helper`]), as `hearth-guest copy` it copies files ([`copy::helper`]).
 
 mod app;
 mod boot;
 mod cgroup;
 mod connections;
+mod copy;
 mod dial;
+mod exec;
 mod freezer;
 mod hook;
 mod identity;
@@ -31,8 +34,11 @@ use anyhow::Context;
 use nix::sys::reboot::{RebootMode, reboot};
 
 fn main() -> ExitCode {
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == app::container::ARGUMENT) {
-        return app::container::main();
+    match std::env::args().nth(1).as_deref() {
+        Some(app::container::ARGUMENT) => return app::container::main(),
+        Some(exec::helper::ARGUMENT) => return exec::helper::main(),
+        Some(copy::helper::ARGUMENT) => return copy::helper::main(),
+        _ => {}
     }
     if std::process::id() != 1 {
         eprintln!("hearth-guest is the first process of a MicroVM; it has nothing to do elsewhere");

@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     app::{Application, StartError},
     boot::{Machine, ROOTFS},
-    cgroup, connections, dial,
+    cgroup, connections, copy, dial, exec,
     freezer::Freezer,
     hook,
     identity::{self, Names},
@@ -160,7 +160,7 @@ impl Guest {
         let farewell = loop {
             tokio::select! {
                 stream = driver.inbound.recv() => {
-                    tasks.spawn(serve_stream(stream.ok_or(SessionError::Closed)?));
+                    tasks.spawn(serve_stream(stream.ok_or(SessionError::Closed)?, self.application.clone()));
                 }
                 Some(message) = outgoing.recv() => write_message(&mut writer, &message).await?,
                 command = commands.recv() => match command.ok_or(SessionError::Closed)?? {
@@ -307,10 +307,12 @@ fn read_commands(mut reader: ReadHalf<Stream>, tasks: &mut JoinSet<()>) -> mpsc:
     receiver
 }
 
-async fn serve_stream(mut stream: Stream) {
+async fn serve_stream(mut stream: Stream, application: Arc<Application>) {
     let result = match read_message(&mut stream).await {
         Ok(StreamHeader::Dial { port }) => dial::serve(stream, port).await,
         Ok(StreamHeader::Hook(call)) => hook::serve(stream, call).await,
+        Ok(StreamHeader::Exec(exec)) => exec::serve(stream, exec, application).await,
+        Ok(StreamHeader::Copy(copy)) => copy::serve(stream, copy, application).await,
         // Dropping the stream resets it.
         Ok(_) => Ok(()),
         Err(error) => Err(error),

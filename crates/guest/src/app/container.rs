@@ -58,7 +58,6 @@ pub enum ContainerError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error("the application has ended, and its container with it")]
-    #[allow(dead_code)]
     Ended,
     #[error("{0:?}: executable file not found in PATH")]
     NotInPath(String),
@@ -118,7 +117,6 @@ fn become_application(app: &App) -> Result<Infallible, ContainerError> {
 ///
 /// For a helper process with one thread, started as [`ARGUMENT`]'s is. What follows in the child is [`process::become_program`], with an
 /// [`App`] that differs from the application's in what shall be different.
-#[allow(dead_code)]
 pub fn join(main: Pid) -> Result<(), ContainerError> {
     let ended = |error: &io::Error| matches!(error.kind(), io::ErrorKind::NotFound) || error.raw_os_error() == Some(Errno::ESRCH as i32);
     // All of them before the first is entered: the last, the mounts, hide this view of /proc.

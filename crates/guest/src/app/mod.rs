@@ -1,7 +1,7 @@
 //! The application: started once, its output collected, its end remembered. Also the reaper of everything that ends up with PID 1.
 
 pub mod container;
-mod process;
+pub mod process;
 mod rootfs;
 mod stop;
 mod user;
@@ -65,7 +65,7 @@ pub struct Application {
 #[derive(Debug)]
 enum State {
     NotStarted,
-    Running { main: Pid, stop_signal: i32, output: JoinSet<io::Result<()>> },
+    Running { main: Pid, app: App, output: JoinSet<io::Result<()>> },
     Ended,
 }
 
@@ -85,6 +85,14 @@ impl Application {
         !matches!(*self.state.lock().await, State::NotStarted)
     }
 
+    /// The main process, and what it was started from; nothing before and after its life.
+    pub async fn container(&self) -> Option<(Pid, App)> {
+        match &*self.state.lock().await {
+            State::Running { main, app, .. } => Some((*main, app.clone())),
+            State::NotStarted | State::Ended => None,
+        }
+    }
+
     /// Starts the application and returns its process id once its own code runs.
     pub async fn start(&self, app: &App) -> Result<Pid, StartError> {
         let mut state = self.state.lock().await;
@@ -98,7 +106,7 @@ impl Application {
             let pipe = pipe::Receiver::from_owned_fd(OwnedFd::from(pipe))?;
             output.spawn(self.logs.clone().collect(source, pipe));
         }
-        *state = State::Running { main, stop_signal: app.stop_signal, output };
+        *state = State::Running { main, app: app.clone(), output };
         Ok(main)
     }
 
@@ -106,7 +114,7 @@ impl Application {
     pub async fn stop(&self) -> io::Result<()> {
         // The reaper takes the lock first, so that the process id is still the application's.
         match &*self.state.lock().await {
-            State::Running { main, stop_signal, .. } => stop::stop(*main, *stop_signal),
+            State::Running { main, app, .. } => stop::stop(*main, app.stop_signal),
             State::NotStarted | State::Ended => Ok(()),
         }
     }
