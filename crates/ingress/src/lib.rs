@@ -6,6 +6,8 @@
 //! certificates   credentials                         upgrade             tunnel, linger
 //! ```
 //!
+//! Clients with a shell's token end at processes and files of the MicroVM instead ([`shell`]); those that ask for raw TCP at a port ([`tcp`]).
+//!
 //! Nothing here knows what a MicroVM is: [`hearth_control::plane::DataPlane`] decides who may talk to which port and hands out a
 //! stream to it, waking whoever sleeps.
 
@@ -30,6 +32,8 @@ mod meter;
 mod outbound;
 mod proxy;
 mod reload;
+mod shell;
+mod tcp;
 mod tunnel;
 mod upgrade;
 mod watch;

@@ -24,7 +24,7 @@ use crate::{
     headers, host,
     linger::StillSending,
     meter::Metered,
-    outbound,
+    outbound, tcp,
     tunnel::Tunnel,
     upgrade::{self as websocket, Handshake},
 };
@@ -90,9 +90,13 @@ impl Proxy {
 
         let endpoint = host::endpoint(&request, peer.server_name.as_deref())?;
         let admission = self.authenticate(&endpoint, &request, &offer)?;
+        if admission.kind == TokenKind::Http && tcp::is_asked_for(&request) {
+            return self.tcp(&admission, client_upgrade).await;
+        }
         let handshake = handshake?;
         if admission.kind == TokenKind::Shell {
-            return Err(RequestError::ShellToken);
+            let handshake = handshake.ok_or(RequestError::ShellToken)?;
+            return self.shell(admission, request.headers(), handshake, &offer, client_upgrade).await;
         }
 
         let mut speech = Speech::asked(request.headers());
