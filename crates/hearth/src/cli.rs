@@ -54,6 +54,14 @@ enum Verb {
     Open(verbs::endpoint::OpenArgs),
     /// Run curl against a MicroVM's endpoint, with a token made for it.
     Curl(verbs::endpoint::CurlArgs),
+    /// Open a shell in a MicroVM.
+    Shell(verbs::exec::ShellArgs),
+    /// Run a program in a MicroVM, beside its app.
+    Exec(verbs::exec::ExecArgs),
+    /// Copy files into a MicroVM and out of it.
+    Cp(verbs::cp::CpArgs),
+    /// Listen here for connections to ports of a MicroVM.
+    Forward(verbs::forward::ForwardArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -124,6 +132,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Logs(args) => small(verbs::logs::run(client, args)),
         Verb::Open(args) => small(verbs::endpoint::open(client, args)),
         Verb::Curl(args) => small(verbs::endpoint::curl(client, args)),
+        Verb::Shell(args) => small(verbs::exec::shell(client, args)),
+        Verb::Exec(args) => small(verbs::exec::exec(client, args)),
+        Verb::Cp(args) => small(verbs::cp::run(client, args)),
+        Verb::Forward(args) => small(verbs::forward::run(client, args)),
     }
 }
 

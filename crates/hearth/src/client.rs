@@ -214,6 +214,7 @@ fn advice(message: &str, status: StatusCode) -> Option<&'static str> {
             "cannot be assumed by Lambda",
             "name a role that trusts lambda.amazonaws.com with --role: `hearth iam role ls` shows the account's",
         ),
+        ("requires SHELL_INGRESS", "its connectors were chosen when it was run: run one that shells may enter, `hearth run --shell IMAGE`"),
         ("has been terminated", "run another: `hearth run IMAGE`"),
     ];
     let known = ADVICE.iter().find(|(part, _)| message.contains(part)).map(|(_, advice)| *advice);

@@ -34,6 +34,9 @@ pub struct RunArgs {
     /// Do not resume it when a request comes.
     #[arg(long)]
     no_auto_resume: bool,
+    /// Let `hearth shell`, `exec` and `cp` in, and whoever has a token for shells.
+    #[arg(long)]
+    shell: bool,
     /// Seconds until it is terminated, whatever it does.
     #[arg(long, value_name = "SECONDS", default_value_t = 28_800)]
     max_duration: u32,
@@ -107,6 +110,9 @@ pub async fn run(client: Client, args: RunArgs) -> anyhow::Result<ExitCode> {
         },
         "maximumDurationInSeconds": args.max_duration,
     });
+    if args.shell {
+        request["ingressNetworkConnectors"] = json!([names::managed_connector(&connect, "ALL_INGRESS")]);
+    }
     if let Some(version) = args.version {
         request["imageVersion"] = version.into();
     }

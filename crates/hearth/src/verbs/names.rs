@@ -46,6 +46,11 @@ pub fn image_arn(connect: &Connect, image: &str) -> String {
     }
 }
 
+/// The ARN of one of the service's own connectors.
+pub fn managed_connector(connect: &Connect, name: &str) -> String {
+    format!("arn:aws:lambda:{}:aws:network-connector:aws-network-connector:{name}", connect.region)
+}
+
 /// The name at the end of an image's ARN.
 pub fn image_name(arn: &str) -> &str {
     arn.rsplit(':').next().unwrap_or(arn)
