@@ -127,6 +127,7 @@ impl Control {
             roles,
             guests: settings.guests,
             capacity,
+            activity: settings.activity,
             dir: settings.data_dir.join("microvms"),
             stop_grace: settings.stop_grace,
             terminated: Notify::new(),

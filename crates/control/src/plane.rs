@@ -119,11 +119,16 @@ pub struct Activity {
     /// tokio's clock, which tests can stop; it is the monotonic clock otherwise.
     origin: tokio::time::Instant,
     last_ms: std::sync::atomic::AtomicU64,
+    open: std::sync::atomic::AtomicUsize,
 }
 
 impl Default for Activity {
     fn default() -> Self {
-        Self { origin: tokio::time::Instant::now(), last_ms: std::sync::atomic::AtomicU64::new(0) }
+        Self {
+            origin: tokio::time::Instant::now(),
+            last_ms: std::sync::atomic::AtomicU64::new(0),
+            open: std::sync::atomic::AtomicUsize::new(0),
+        }
     }
 }
 
@@ -134,9 +139,31 @@ impl Activity {
         self.last_ms.fetch_max(now, std::sync::atomic::Ordering::Relaxed);
     }
 
+    /// Counts a stream as open until the guard is dropped.
+    pub(crate) fn begin(self: &Arc<Self>) -> OpenStream {
+        self.open.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        OpenStream(Arc::clone(self))
+    }
+
+    /// Streams that are open, of those that are counted.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     /// When bytes last moved, or when the meter was made.
     pub fn last(&self) -> std::time::Instant {
         self.origin.into_std() + Duration::from_millis(self.last_ms.load(std::sync::atomic::Ordering::Relaxed))
+    }
+}
+
+/// A stream that is open. Its end is activity.
+#[derive(Debug)]
+pub(crate) struct OpenStream(Arc<Activity>);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.open.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
     }
 }
 

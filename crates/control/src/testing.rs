@@ -17,6 +17,7 @@ use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, HookCall, HookReply, L
 use hearth_machine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
     LaunchSource, LaunchSpec, Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, SuspendOutcome, Suspended, Target,
+    Usage,
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS},
 };
 use hearth_objects::{FetchError, ObjectUri, Objects, PutError};
@@ -68,6 +69,8 @@ pub struct FakeEngine {
     pub told: Mutex<Vec<String>>,
     /// Apps end when they are sent their stop signal.
     pub obeys_stop: AtomicBool,
+    /// What every machine has used.
+    pub usage: Mutex<Usage>,
     machines: Mutex<HashMap<String, Remote>>,
 }
 
@@ -122,6 +125,7 @@ impl FakeEngine {
             calls: Mutex::default(),
             told: Mutex::default(),
             obeys_stop: AtomicBool::new(true),
+            usage: Mutex::default(),
             machines: Mutex::default(),
         })
     }
@@ -301,6 +305,10 @@ impl Machine for FakeMachine {
         }
         std::fs::create_dir_all(self.dir.join("suspended")).unwrap();
         Ok(SuspendOutcome::Suspended(Suspended { dirty_bytes: 1, device_state_bytes: 1 }))
+    }
+
+    fn usage(&self) -> io::Result<Usage> {
+        Ok(*self.engine.usage.lock().unwrap())
     }
 
     async fn kill(self: Box<Self>) {

@@ -59,6 +59,9 @@ pub trait Machine: Send + Sync {
     /// Notes which pages this clone has touched so far, beside its snapshot: later launches of that read them ahead. Returns their bytes.
     async fn record_working_set(&self) -> io::Result<u64>;
 
+    /// What the machine has used of its host in this life.
+    fn usage(&self) -> io::Result<Usage>;
+
     /// Stops the machine and makes it the snapshot in `into`, a directory that does not exist yet. The machine ends either way.
     async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError>;
 
@@ -205,6 +208,15 @@ pub enum LaunchSource {
     Snapshot,
     /// What [`Machine::suspend`] left in the machine's directory.
     Suspended,
+}
+
+/// What a machine has used of its host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Processor time.
+    pub cpu: Duration,
+    /// Bytes that it sent to the network by itself; what crosses its endpoint is not among them.
+    pub sent_bytes: u64,
 }
 
 /// What came of a suspend.

@@ -16,7 +16,7 @@ mod working_set;
 
 pub use engine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
-    LaunchSource, LaunchSpec, Machine, MachineEvent, NoServices, SuspendError, SuspendOutcome, Suspended, Target,
+    LaunchSource, LaunchSpec, Machine, MachineEvent, NoServices, SuspendError, SuspendOutcome, Suspended, Target, Usage,
 };
 pub use network::Egress;
 pub use snapshot::{Platform, Snapshot, SnapshotError, SnapshotManifest};

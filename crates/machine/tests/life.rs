@@ -53,6 +53,23 @@ while ($c = $s->accept) {
 }
 "#;
 
+/// Tells how large its machine is, and writes 64 MiB or reserves all that is left of its disk, and how that went.
+const WRITER: &str = r#"
+use IO::Socket; use IO::Handle;
+$s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 5000, Listen => 5, ReuseAddr => 1) or die "listen: $!";
+while ($c = $s->accept) {
+    $line = <$c>; chomp $line;
+    if ($line eq "size") { print $c `nproc; awk '/MemTotal/ { print \$2 }' /proc/meminfo; df --output=size -B1M / | tail -1`; }
+    if ($line eq "reserve") { print $c `fallocate -l 16M /more 2>&1; fallocate -l \$(df --output=avail -B1 / | tail -1) /all 2>&1; head -c 64M /dev/zero 2>&1 > /extra`; }
+    if ($line eq "write") {
+        open(F, ">", "/filler"); binmode F;
+        for (1..64) { last unless print F rand() x (1 << 17) and F->flush; }
+        print $c F->sync ? "written" : "failed: $!"; close F;
+    }
+    print $c "."; close $c;
+}
+"#;
+
 struct Bench {
     dir: TempDir,
     engine: Qemu,
@@ -81,8 +98,8 @@ impl Bench {
         Some(Self { dir, engine })
     }
 
-    async fn boot(&self, id: &str) -> Box<dyn Machine> {
-        let spec = BootSpec {
+    fn boot_spec(&self, id: &str) -> BootSpec {
+        BootSpec {
             id: id.to_owned(),
             dir: self.dir.path().join(id),
             rootfs: self.dir.path().join("rootfs.img"),
@@ -91,8 +108,11 @@ impl Bench {
             egress: Egress::Internet,
             services: Arc::new(NoServices),
             timeout: PATIENCE,
-        };
-        self.engine.boot(spec).await.unwrap()
+        }
+    }
+
+    async fn boot(&self, id: &str) -> Box<dyn Machine> {
+        self.engine.boot(self.boot_spec(id)).await.unwrap()
     }
 
     fn spec(&self, id: &str, snapshot: &Arc<Snapshot>, source: LaunchSource, generation: u64) -> LaunchSpec {
@@ -308,6 +328,73 @@ async fn a_suspend_that_is_cancelled_is_no_more_than_a_pause() {
     machine.dialer().dial(5000).await.unwrap().write_all(b"exit\n").await.unwrap();
     while !matches!(timeout(PATIENCE, events.recv()).await.expect("the exit is reported"), Some(MachineEvent::AppExited(_))) {}
     machine.kill().await;
+    bench.end().await;
+}
+
+async fn ask(machine: &dyn Machine, what: &str) -> String {
+    let talk = async {
+        let mut stream = machine.dialer().dial(5000).await.unwrap();
+        stream.write_all(format!("{what}\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    timeout(PATIENCE, talk).await.expect("the app answers")
+}
+
+/// A small file system of its own, over a directory.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(dir: &Path, mib: u32) -> Self {
+        std::fs::create_dir(dir).unwrap();
+        let options = format!("size={mib}m,mode=0711");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "hearth-full"]).arg(dir).status().unwrap();
+        assert!(mounted.success());
+        Self(dir.to_owned())
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_fills_is_an_error_in_the_guest_and_nothing_worse() {
+    let Some(bench) = Bench::new("full").await else { return };
+    let spec = BootSpec { vcpus: 2, memory_mib: 1024, ..bench.boot_spec("image") };
+    let mut image = bench.engine.boot(spec).await.unwrap();
+    let mut events = image.take_events().unwrap();
+    image.start_app(app(&["perl", "-e", WRITER])).await.unwrap();
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the app listens"), Some(MachineEvent::Listening(5000))) {}
+    let snapshot = Arc::new(image.capture(bench.dir.path().join("snapshot")).await.unwrap());
+
+    // The guest's own file system is full.
+    let machine = bench.clone_of("guest", &snapshot).await;
+    let size = ask(&*machine, "size").await;
+    let numbers: Vec<u64> = size.trim_end_matches('.').split_whitespace().map(|number| number.parse().unwrap()).collect();
+    let [cpus, memory_kib, disk_mib] = numbers[..] else { panic!("{size:?}") };
+    assert_eq!(cpus, 2);
+    assert!((900 << 10..1024 << 10).contains(&memory_kib), "{memory_kib} KiB");
+    assert!((1900..2048).contains(&disk_mib), "{disk_mib} MiB");
+    let said = ask(&*machine, "reserve").await;
+    assert!(said.contains("No space left on device"), "{said}");
+    let usage = machine.usage().unwrap();
+    assert!(usage.cpu > Duration::ZERO);
+    machine.kill().await;
+
+    // The host's is.
+    let small = Small::mount(&bench.dir.path().join("host"), 16);
+    let mut machine = bench.clone_of("host", &snapshot).await;
+    let mut events = machine.take_events().unwrap();
+    let said = ask(&*machine, "write").await;
+    assert!(said.starts_with("failed: "), "{said}");
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the operator is told"), Some(MachineEvent::DiskFailed { full: true })) {}
+    assert!(ask(&*machine, "size").await.starts_with("2\n"), "it lives on");
+    machine.kill().await;
+    drop(small);
     bench.end().await;
 }
 

@@ -25,6 +25,7 @@ use crate::{
 
 use super::{
     CallError, Record, Request, Shared, SuspendedBy, Suspender, View, Wish,
+    busy::Busy,
     operation::{LaunchFailure, Operation, Outcome, Running},
     policy::{self, Decision, Done, Message, Next, Situation},
     reason, ship, wakes,
@@ -48,6 +49,7 @@ pub struct Driver {
     /// What the guest may ask, in every life.
     services: Arc<Services>,
     running: Option<Running>,
+    busy: Busy,
     /// Launch, suspend or clear, one at a time. A task of its own: whatever it holds, it gets on while the driver waits for the store.
     operation: Option<AbortOnDropHandle<Outcome>>,
     /// Cancels the suspend that is the present operation.
@@ -78,6 +80,7 @@ impl Driver {
         let services = Services::new(&record.vm.id, &record.region, role, &shared.roles, shared.guests.api).with_suspender(suspender);
         let dir = shared.dir.join(&record.vm.id);
         let lifetime_end = in_future(record.vm.started_at, Duration::from_secs(record.vm.maximum_duration_seconds.into()));
+        let busy = Busy::new(shared.activity);
         let mut driver = Self {
             shared,
             record,
@@ -86,6 +89,7 @@ impl Driver {
             log,
             services: Arc::new(services),
             running: None,
+            busy,
             operation: None,
             cancel_suspend: CancellationToken::new(),
             hurry: CancellationToken::new(),
@@ -262,11 +266,35 @@ impl Driver {
     }
 
     async fn timer_fired(&mut self) {
-        if let Some((at, message)) = self.timer()
-            && at <= Instant::now()
-        {
+        let Some((at, message)) = self.timer() else { return };
+        // Looked at even if bytes have moved since the timer was set: the next window begins here.
+        let busy = message == Message::Idle && self.is_busy();
+        if at > Instant::now() {
+            return;
+        }
+        if busy {
+            self.channels.activity.touch();
+        } else {
             self.consider_alone(message).await;
         }
+    }
+
+    /// Whether something else than bytes keeps the MicroVM awake, since this was asked last.
+    fn is_busy(&mut self) -> bool {
+        let worked = self.measure();
+        worked || self.busy.counts_requests() && self.channels.activity.open() > 0
+    }
+
+    /// Whether the machine worked since this was asked last.
+    fn measure(&mut self) -> bool {
+        if !self.busy.measures() {
+            return false;
+        }
+        let used = self.running.as_ref().and_then(|running| {
+            let used = running.machine.usage();
+            used.inspect_err(|error| tracing::warn!(id = self.record.vm.id, %error, "what a machine uses cannot be read")).ok()
+        });
+        self.busy.next(Instant::now(), used)
     }
 
     /// When the MicroVM has been idle for long enough.
@@ -334,6 +362,7 @@ impl Driver {
             promised.started();
         }
         self.save_after_the_fact().await;
+        self.measure();
         self.channels.activity.touch();
         self.publish(self.dialer());
     }

@@ -17,7 +17,8 @@
 //!   not for the hook's, then kills.
 //! - **RUNNING**: the endpoint has a dialer. Idle means that no byte crossed the endpoint for `maxIdleDurationSeconds`; the timer is armed for
 //!   the last byte's time plus that, and looks again when it fires. The dialer is taken back before a suspend is recorded, and activity is
-//!   looked at once more after that, so that a request either finds a dialer or is held: none is cut by the idle timer's decision.
+//!   looked at once more after that, so that a request either finds a dialer or is held: none is cut by the idle timer's decision. Streams
+//!   that are open but silent are no activity, and are cut; settings may count them, and what the MicroVM does by itself ([`busy`]).
 //! - **SUSPENDING**: the `/suspend` hook is called, then the engine writes the machine's state and ends its process. A wake or resume cancels
 //!   that while the process can still go on, which is faster than to start another: an app that was told `/suspend` is told `/resume`, then.
 //!   After that point it is remembered and follows at once. A terminate does not wait for the hook.
@@ -35,6 +36,8 @@
 //! `maximumDurationInSeconds` is wall time since the start and ends every state. [`policy`] decides, [`driver`] acts: it writes a transition
 //! to the store, publishes it to [`Handle`]s, and only then answers whoever asked for it.
 
+mod busy;
+mod counted;
 mod driver;
 mod operation;
 mod policy;
@@ -66,9 +69,11 @@ use crate::{
     logs::LogStore,
     plane::{Activity, ConnectError},
     roles::Roles,
-    settings::GuestSettings,
+    settings::{ActivitySettings, GuestSettings},
     types::{Microvm, MicrovmState},
 };
+
+use counted::Counted;
 
 pub(crate) use reason::HOST_STOPPED;
 
@@ -82,6 +87,7 @@ pub(crate) struct Shared {
     pub roles: Arc<dyn Roles>,
     pub guests: GuestSettings,
     pub capacity: Arc<Capacity>,
+    pub activity: ActivitySettings,
     /// Parent of the MicroVMs' directories.
     pub dir: PathBuf,
     /// How long an app may take to end after its stop signal.
@@ -196,6 +202,8 @@ pub(crate) struct Handle {
     /// The endpoint's host name.
     pub host: String,
     pub activity: Arc<Activity>,
+    /// Open streams keep it awake.
+    counts_streams: bool,
     http: bool,
     shell: bool,
     view: watch::Receiver<View>,
@@ -207,7 +215,7 @@ pub(crate) struct Handle {
 impl Handle {
     /// Starts the driver of a MicroVM in state `PENDING`, which launches it with the memory it is promised, or `SUSPENDED`, which waits.
     pub fn start(shared: &Arc<Shared>, record: Record, promised: Option<Reservation>) -> Arc<Self> {
-        Self::build(record, |channels, record| {
+        Self::build(record, shared.activity.open_requests, |channels, record| {
             let driver = driver::Driver::new(Arc::clone(shared), record, channels, promised);
             Some(shared.tasks.spawn(driver.run()).abort_handle())
         })
@@ -215,10 +223,10 @@ impl Handle {
 
     /// A MicroVM that is over and only to be looked at.
     pub fn terminated(record: Record) -> Arc<Self> {
-        Self::build(record, |_, _| None)
+        Self::build(record, false, |_, _| None)
     }
 
-    fn build(record: Record, start: impl FnOnce(driver::Channels, Record) -> Option<AbortHandle>) -> Arc<Self> {
+    fn build(record: Record, counts_streams: bool, start: impl FnOnce(driver::Channels, Record) -> Option<AbortHandle>) -> Arc<Self> {
         let (publish, view) =
             watch::channel(View { vm: Arc::new(record.vm.clone()), wakes: wakes(&record), failed_wakes: 0, dialer: None });
         let (requests, mailbox) = mpsc::unbounded_channel();
@@ -231,7 +239,7 @@ impl Handle {
         let suspender = Suspender(requests.downgrade());
         let channels = driver::Channels { publish, mailbox, suspender, wake: Arc::clone(&wake), activity: Arc::clone(&activity) };
         let task = start(channels, record);
-        Arc::new(Self { id, account, region, host, activity, http, shell, view, requests, wake, task })
+        Arc::new(Self { id, account, region, host, activity, counts_streams, http, shell, view, requests, wake, task })
     }
 
     /// The MicroVM as last recorded.
@@ -302,6 +310,7 @@ impl Handle {
             };
             if let Some(dialer) = dialer {
                 match dialer.open(target).await {
+                    Ok(stream) if self.counts_streams => return Ok(Box::new(Counted::new(stream, self.activity.begin()))),
                     Ok(stream) => return Ok(stream),
                     // Suspended, or dead, since the view was published: the next view says which.
                     Err(DialError::Gone(_)) => {}

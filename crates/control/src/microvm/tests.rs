@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_machine::MachineEvent;
+use hearth_machine::{MachineEvent, Target};
 
 use crate::{
     CapacitySettings, ControlError,
@@ -68,6 +68,66 @@ async fn idle_suspends_and_a_request_wakes() {
     clock.pass(2).await;
     world.reaches(&vm.id, Suspended).await;
     assert_eq!(world.engine.suspends.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn the_idle_timer_is_exact() {
+    let world = World::with_image().await;
+    let vm = world.run(idle(60, 600, true)).await;
+    let activity = world.admit(&vm, 8080).await.activity;
+    let clock = Frozen::now();
+    clock.pass(7).await;
+    activity.touch();
+    for (milliseconds, state) in [(59_900, Running), (200, Suspended)] {
+        tokio::time::advance(Duration::from_millis(milliseconds)).await;
+        clock.pass(0).await;
+        assert_eq!(world.reaches(&vm.id, state).await.state, state);
+    }
+}
+
+#[tokio::test]
+async fn what_a_microvm_does_by_itself_keeps_it_awake_if_the_operator_says_so() {
+    let world = World::with(|settings| settings.activity.outbound = true).await;
+    world.build("demo").await;
+    let vm = world.run(idle(60, 600, true)).await;
+    let clock = Frozen::now();
+    clock.pass(30).await;
+    world.engine.usage.lock().unwrap().sent_bytes += 10_000;
+    clock.pass(31).await;
+    assert_eq!(world.get(&vm.id).await.state, Running);
+    clock.pass(61).await;
+    world.reaches(&vm.id, Suspended).await;
+}
+
+#[tokio::test]
+async fn open_requests_keep_it_awake_if_the_operator_says_so() {
+    let world = World::with(|settings| settings.activity.open_requests = true).await;
+    world.build("demo").await;
+    let vm = world.run(idle(60, 600, true)).await;
+    let silent = world.control.open(&world.admit(&vm, 8080).await, &Target::Port(8080)).await.unwrap();
+    let clock = Frozen::now();
+    for _ in 0..2 {
+        clock.pass(61).await;
+        assert_eq!(world.get(&vm.id).await.state, Running);
+    }
+    clock.pass(30).await;
+    drop(silent);
+    clock.pass(59).await;
+    assert_eq!(world.get(&vm.id).await.state, Running, "its end is activity");
+    clock.pass(2).await;
+    world.reaches(&vm.id, Suspended).await;
+}
+
+#[tokio::test]
+async fn neither_does_by_default() {
+    let world = World::with_image().await;
+    let vm = world.run(idle(60, 600, true)).await;
+    let _silent = world.control.open(&world.admit(&vm, 8080).await, &Target::Port(8080)).await.unwrap();
+    let clock = Frozen::now();
+    clock.pass(30).await;
+    world.engine.usage.lock().unwrap().sent_bytes += 10_000;
+    clock.pass(31).await;
+    world.reaches(&vm.id, Suspended).await;
 }
 
 #[tokio::test]

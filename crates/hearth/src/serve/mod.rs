@@ -60,6 +60,7 @@ const ENGINE_END: Duration = Duration::from_secs(10);
 /// Runs the server until a signal ends it. Exit code 0 after a clean stop.
 pub async fn serve(config: ServeConfig, dir: DataDir) -> anyhow::Result<ExitCode> {
     logging::start(&config.log);
+    raise_open_files();
     let mut signals = Signals::listen().context("listening for signals")?;
     let dir = DataDir::new(std::path::absolute(dir.path()).context("naming the data directory")?);
     let prepared = tokio::select! {
@@ -340,6 +341,15 @@ fn guests(config: &ServeConfig, listeners: &Listeners) -> GuestSettings {
         api: listeners.api.local_addr().ok().map(reachable),
         names_api: config.roles.endpoint_variables,
         self_suspend: config.extensions.self_suspend,
+    }
+}
+
+/// Lets the server have as many connections as the host allows: the usual limit is meant for programs that wait for descriptors with select.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
     }
 }
 

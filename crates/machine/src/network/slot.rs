@@ -130,6 +130,13 @@ impl Slot {
         self.tap.try_clone()
     }
 
+    /// Bytes that went out of the slot since it was made.
+    pub fn sent_bytes(&self) -> io::Result<u64> {
+        // What the slot sends, the host's end of the veth receives.
+        let text = fs::read_to_string(format!("/sys/class/net/hth{}/statistics/rx_bytes", self.index))?;
+        text.trim().parse().map_err(io::Error::other)
+    }
+
     /// What the guest must know of its network.
     pub fn network(&self) -> Network {
         Network { address: GUEST, prefix: 24, gateway: GATEWAY, nameservers: self.nameservers.clone(), mtu: self.mtu }

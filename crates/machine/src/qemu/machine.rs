@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{EVENT_QUEUE, Failure, NEXT_STATE, OVERLAY, READY, Shared, create_overlay, identity, process::Process, qmp::Qmp};
 use crate::{
-    engine::{CaptureError, Dial, GuestError, GuestServices, Machine, MachineEvent, SuspendError, SuspendOutcome, Suspended},
+    engine::{CaptureError, Dial, GuestError, GuestServices, Machine, MachineEvent, SuspendError, SuspendOutcome, Suspended, Usage},
     kit::sha256_data,
     memory::{self, Extent, Mapping},
     network::Slot,
@@ -226,6 +226,10 @@ impl Machine for QemuMachine {
                 Err(Failure::of("writing the suspended state to", &parts.dir)(source).into())
             }
         }
+    }
+
+    fn usage(&self) -> io::Result<Usage> {
+        Ok(Usage { cpu: self.parts.process.cpu_time()?, sent_bytes: self.parts.slot.sent_bytes()? })
     }
 
     async fn kill(self: Box<Self>) {

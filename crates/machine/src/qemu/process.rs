@@ -6,12 +6,13 @@ use std::{
     process::{Command, Stdio},
     sync::{Arc, mpsc},
     thread,
+    time::Duration,
 };
 
 use command_fds::{CommandFdExt, FdMapping};
 use nix::{
     sys::{prctl, signal::Signal},
-    unistd::{Pid, getpid, getppid},
+    unistd::{Pid, SysconfVar, getpid, getppid, sysconf},
 };
 use tokio::{
     io::AsyncReadExt,
@@ -71,6 +72,14 @@ impl Process {
     /// Waits until the process is gone and says how it ended.
     pub async fn wait(&self) -> Arc<str> {
         self.exit_watch().await
+    }
+
+    /// Processor time that it has used, of all its threads.
+    pub fn cpu_time(&self) -> io::Result<Duration> {
+        let ticks = parse_cpu_ticks(&std::fs::read_to_string(format!("/proc/{}/stat", self.pid))?)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{}/stat is not understood", self.pid)))?;
+        let rate = sysconf(SysconfVar::CLK_TCK)?.and_then(|rate| u32::try_from(rate).ok()).filter(|rate| *rate > 0).unwrap_or(100);
+        Ok(Duration::from_secs(ticks) / rate)
     }
 
     /// A future that resolves when the process is gone, and does not keep it alive.
@@ -160,6 +169,13 @@ fn confine(parent: Pid) -> io::Result<()> {
     Ok(())
 }
 
+/// User and system time, fields 14 and 15 of proc_pid_stat(5), in clock ticks. The second field, a name in parentheses, may hold anything.
+fn parse_cpu_ticks(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut times = rest.split_whitespace().skip(11);
+    Some(times.next()?.parse::<u64>().ok()? + times.next()?.parse::<u64>().ok()?)
+}
+
 /// Reads to the end and returns the last few lines.
 async fn keep_tail(stderr: Option<tokio::process::ChildStderr>) -> String {
     let Some(mut stderr) = stderr else { return String::new() };
@@ -187,6 +203,13 @@ mod tests {
             uid: nix::unistd::geteuid().as_raw(),
             gid: nix::unistd::getegid().as_raw(),
         }
+    }
+
+    #[test]
+    fn processor_time_is_read_behind_any_name() {
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 100 0 0 0 250 50 9 9 20 0 1 0 5 6 7";
+        assert_eq!(parse_cpu_ticks(stat), Some(300));
+        assert_eq!(parse_cpu_ticks("7 (a S 1"), None);
     }
 
     #[tokio::test]
