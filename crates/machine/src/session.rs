@@ -25,8 +25,11 @@ use crate::{
     requests,
 };
 
-/// How long a guest may take to let go of a session, or to start a process, or to answer a connection.
+/// How long a guest may take to let go of a session, or to start a process.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long it may take to answer a connection. A port where nothing listens is refused at once; an app that has more connections waiting than
+/// it takes is found by its kernel's next tries, after 1, 3, 7, 15 and 31 seconds.
+const DIAL: Duration = Duration::from_secs(60);
 /// How much longer than a hook may take the guest may take to say that it took too long.
 const HOOK_MARGIN: Duration = Duration::from_secs(2);
 /// How long it may take to let go of a session if it is to clear its memory first: some gigabytes, on a busy host, under emulation.
@@ -196,8 +199,8 @@ impl Dial for SessionDialer {
             Ok((stream, reply))
         };
         let failed = |reason| DialError::Failed { target: target.clone(), reason };
-        let timed_out = |_| failed(format!("the guest did not answer within {} s", ANSWER.as_secs()));
-        match timeout(ANSWER, connect).await.map_err(timed_out)?? {
+        let timed_out = |_| failed(format!("the guest did not answer within {} s", DIAL.as_secs()));
+        match timeout(DIAL, connect).await.map_err(timed_out)?? {
             (stream, DialReply::Connected) if matches!(target, Target::Port(_)) => Ok(Box::new(Carrier::new(stream))),
             (stream, DialReply::Connected) => Ok(Box::new(stream)),
             (_, DialReply::Refused) => Err(DialError::Refused(target.clone())),
