@@ -34,6 +34,9 @@ pub enum QmpError {
     Load(MigrationStatus),
 }
 
+/// The C library's text for ENOSPC: QEMU has no environment, so that it speaks the C locale.
+const NO_SPACE: &str = "No space left on device";
+
 /// A request of the guest to its disk failed on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskFailure {
@@ -67,8 +70,8 @@ impl Qmp {
                 match event {
                     Event::MIGRATION { data, .. } => drop(report.send_replace(Some(data.status))),
                     Event::BLOCK_IO_ERROR { data, .. } => {
-                        let failure = DiskFailure { full: data.nospace.unwrap_or_default() };
-                        report_failure.send_replace(Some(failure));
+                        // It says so by itself only when a full disk would stop the machine.
+                        report_failure.send_replace(Some(DiskFailure { full: data.reason == NO_SPACE }));
                     }
                     _ => {}
                 }
