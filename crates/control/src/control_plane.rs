@@ -338,7 +338,7 @@ impl Inner {
         let ingress = Some(request.ingress_network_connectors).filter(|connectors| !connectors.is_empty());
         let egress = Some(request.egress_network_connectors).filter(|connectors| !connectors.is_empty());
         let (egress, connector) = self.check_egress(caller, egress.unwrap_or(spec.egress_network_connectors)).await?;
-        let memory_mib = self.settings.quotas.memory_accounting.count(spec.memory_mib);
+        let counted_mib = self.settings.quotas.memory_accounting.count(spec.memory_mib);
         let spec = MicrovmSpec {
             execution_role_arn: request.execution_role_arn,
             idle_policy: request.idle_policy,
@@ -348,6 +348,7 @@ impl Inner {
             run_hook_payload: request.run_hook_payload,
             logging: request.logging,
             hooks: hooks.sent().cloned(),
+            memory_mib: spec.memory_mib,
         };
         let new = NewMicrovm {
             scope: scope(caller),
@@ -357,7 +358,7 @@ impl Inner {
             number,
             endpoint: &endpoint,
             spec: &json(&spec),
-            memory_mib,
+            memory_mib: counted_mib,
             connector: connector.as_deref(),
             memory_limit_mib: self.settings.quotas.allocated_memory_mib,
             now_ms,
@@ -402,6 +403,7 @@ impl Inner {
             logging: spec.logging,
             hooks,
             run_hook_payload: spec.run_hook_payload,
+            memory_mib: spec.memory_mib,
             generation: 1,
             suspended_at: None,
             suspended_by: None,

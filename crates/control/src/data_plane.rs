@@ -21,7 +21,13 @@ impl DataPlane for Control {
         if claims.kind == TokenKind::Http && !claims.allows(port) {
             return Err(Refusal::PortDenied);
         }
-        Ok(Admission { microvm_id: handle.id.clone(), kind: claims.kind, port, activity: Arc::clone(&handle.activity) })
+        Ok(Admission {
+            microvm_id: handle.id.clone(),
+            kind: claims.kind,
+            port,
+            memory_mib: handle.memory_mib,
+            activity: Arc::clone(&handle.activity),
+        })
     }
 
     async fn open(&self, admission: &Admission, target: &Target) -> Result<Box<dyn GuestStream>, ConnectError> {

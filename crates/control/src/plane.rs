@@ -109,6 +109,8 @@ pub struct Admission {
     pub kind: TokenKind,
     /// The port that was asked for.
     pub port: u16,
+    /// Memory that the MicroVM's image asks for, in MiB: limits grow with it (SPEC 6.3).
+    pub memory_mib: u32,
     /// Where the traffic's bytes are reported.
     pub activity: Arc<Activity>,
 }

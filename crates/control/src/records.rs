@@ -46,6 +46,14 @@ pub(crate) struct MicrovmSpec {
     /// Of the image's version: the structure as it was sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hooks: Option<serde_json::Value>,
+    /// What its image asks for.
+    #[serde(default = "default_memory_mib")]
+    pub memory_mib: u32,
+}
+
+/// What the API has where an image does not say; records of earlier versions of this server do not either.
+fn default_memory_mib() -> u32 {
+    2048
 }
 
 /// A state in the service's words.
@@ -181,6 +189,7 @@ pub(crate) fn microvm(row: MicrovmRow) -> Result<Record, Unreadable> {
         logging: spec.logging,
         hooks: Hooks::new(spec.hooks),
         run_hook_payload: spec.run_hook_payload,
+        memory_mib: spec.memory_mib,
         generation: u64::try_from(row.generation).unwrap_or(1),
         suspended_at: row.suspended_ms.map(time),
         suspended_by: row.suspended_by.map(|by| state("suspended_by", &row.id, &by)).transpose()?,

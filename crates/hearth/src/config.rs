@@ -17,6 +17,7 @@
 //! slots = "10.201.0.0/16"
 //! ```
 
+mod endpoints;
 mod guests;
 mod machines;
 mod quotas;
@@ -34,6 +35,7 @@ use hearth_machine::network::EgressPolicy;
 use hearth_machine::network::Links;
 use serde::{Deserialize, Deserializer, de};
 
+pub use endpoints::EndpointsConfig;
 pub use guests::{ExtensionsConfig, RolesConfig};
 pub use machines::{ActivityConfig, CapacityConfig, GuestSize};
 pub use quotas::{ConnectorConfig, QuotasConfig};
@@ -96,6 +98,8 @@ pub struct ServeConfig {
     pub activity: ActivityConfig,
     /// What each account may have and do in each region.
     pub quotas: QuotasConfig,
+    /// How much each MicroVM's endpoint may be used.
+    pub endpoints: EndpointsConfig,
     /// What MicroVMs may reach through network connectors, by the connectors' names. None.
     pub connectors: BTreeMap<String, ConnectorConfig>,
     /// The MicroVMs' networks.
@@ -297,6 +301,7 @@ impl Default for ServeConfig {
             capacity: CapacityConfig::default(),
             activity: ActivityConfig::default(),
             quotas: QuotasConfig::default(),
+            endpoints: EndpointsConfig::default(),
             connectors: BTreeMap::new(),
             network: NetworkConfig::default(),
             logs: LogsConfig::default(),
@@ -456,6 +461,9 @@ impl ServeConfig {
         if let Some((key, rate)) = self.quotas.unusable() {
             let found = format!("{{ per_second = {}, burst = {} }}", rate.per_second, rate.burst);
             return refuse(key, &found, "a per_second above 0 and a burst of at least 1");
+        }
+        if let Some(key) = self.endpoints.unusable() {
+            return refuse(key, &0, "a number above 0");
         }
         for (name, connector) in &self.connectors {
             connector.policy().map_err(|source| ConfigError::Connector { name: name.clone(), origin: origin.to_owned(), source })?;
@@ -641,6 +649,7 @@ mod tests {
             ("logs.retention_days = 0", "logs.retention_days = 0"),
             ("logs.group_mib = 0", "logs.group_mib = 0"),
             ("tls.acme = { dns_hook = \"h\" }", "tls.acme.agree_to_terms = false"),
+            ("endpoints.connections_per_gib = 0", "endpoints.connections_per_gib = 0"),
             ("log.level = \"a=b=c\"", "log.level = a=b=c"),
             ("credentials = [{ access_key_id = \"AKIA\", secret_access_key = \"\" }]", "credentials.access_key_id = AKIA"),
         ] {

@@ -46,7 +46,7 @@ async fn connect(State(ports): State<Ports>, Path((id, port)): Path<(String, u16
     if let Err(error) = ports.control.get_microvm(&ports.caller, &id).await {
         return refusal(StatusCode::NOT_FOUND, &error.to_string());
     }
-    let admission = Admission { microvm_id: id, kind: TokenKind::Http, port, activity: Arc::new(Activity::default()) };
+    let admission = Admission { microvm_id: id, kind: TokenKind::Http, port, memory_mib: 0, activity: Arc::new(Activity::default()) };
     let mut guest = match ports.data.connect(&admission).await {
         Ok(guest) => guest,
         Err(error) => return refusal(StatusCode::BAD_GATEWAY, &error.to_string()),

@@ -20,7 +20,8 @@ const DECISION: Duration = Duration::from_secs(1);
 
 /// A request's body. Dropped before its end, it notes that the client may still be sending.
 pub(crate) struct Upload {
-    body: Incoming,
+    /// Absent where the request has none.
+    body: Option<Incoming>,
     ended: bool,
     client: StillSending,
     /// Until then nothing is taken from the client, which is not told to continue either.
@@ -29,7 +30,12 @@ pub(crate) struct Upload {
 
 impl Upload {
     pub(crate) fn new(body: Incoming, client: StillSending) -> Self {
-        Self { body, ended: false, client, held: None }
+        Self { body: Some(body), ended: false, client, held: None }
+    }
+
+    /// The body of a request that is sent once more.
+    pub(crate) fn empty() -> Self {
+        Self { body: None, ended: true, client: StillSending::default(), held: None }
     }
 
     /// Waits with the body until the application says that it wants it.
@@ -49,23 +55,24 @@ impl Body for Upload {
             ready!(held.as_mut().poll(cx));
             self.held = None;
         }
-        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        let Some(body) = &mut self.body else { return Poll::Ready(None) };
+        let frame = Pin::new(body).poll_frame(cx);
         self.ended |= matches!(frame, Poll::Ready(None));
         frame
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.body.as_ref().map_or(SizeHint::with_exact(0), Body::size_hint)
     }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if !self.ended && !self.body.is_end_stream() {
+        if !self.ended && !self.is_end_stream() {
             self.client.set();
         }
     }

@@ -7,6 +7,8 @@ use hearth_control::plane::{ConnectError, Refusal};
 use http::{HeaderValue, Response, StatusCode, header};
 use http_body_util::Full;
 
+use crate::limits::Exceeded;
+
 /// After this many seconds a client whose MicroVM did not wake may try again.
 const RETRY_AFTER_SECONDS: u16 = 5;
 
@@ -52,6 +54,9 @@ pub(crate) enum RequestError {
     /// a shell's token, but no shell protocol
     #[error("a shell's token opens no port")]
     ShellToken,
+    /// the MicroVM's endpoint is used as much as it may be
+    #[error(transparent)]
+    RateLimited(#[from] Exceeded),
     /// CONNECT
     #[error("Method not allowed")]
     MethodNotAllowed,
@@ -81,6 +86,7 @@ impl RequestError {
             | Self::Misdirected
             | Self::InvalidUpgrade
             | Self::ShellToken
+            | Self::RateLimited(_)
             | Self::MethodNotAllowed
             | Self::Upload(_) => Side::Client,
             Self::Connect(ConnectError::TooSlow(_) | ConnectError::NotWoken(_)) => Side::Us,
@@ -93,6 +99,7 @@ impl RequestError {
             Self::Refused(_) => StatusCode::FORBIDDEN,
             Self::InvalidPort | Self::InvalidHost | Self::InvalidUpgrade | Self::Upload(_) => StatusCode::BAD_REQUEST,
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
+            Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::Connect(ConnectError::TooSlow(_) | ConnectError::NotWoken(_)) => StatusCode::SERVICE_UNAVAILABLE,
             Self::ShellToken | Self::Connect(ConnectError::Unreachable(_)) | Self::NoAnswer(_) | Self::NoTls(_) | Self::UnaskedUpgrade => {

@@ -13,7 +13,12 @@ use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
-use crate::{app::AppTls, proxy::Proxy};
+use crate::{
+    app::AppTls,
+    limits::{Limiter, Limits},
+    ports::Ports,
+    proxy::Proxy,
+};
 
 /// How long to leave the listener alone when the process is out of file descriptors; there is no event to wait for.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -32,6 +37,8 @@ pub struct IngressConfig {
     pub idle_timeout: Duration,
     /// Bytes of a request's line and headers, beyond which it is answered 431; 64 KiB.
     pub max_header_bytes: usize,
+    /// How much each MicroVM's endpoint may be used.
+    pub limits: Limits,
     /// What is under way at shutdown may take this long to end; 3 s.
     pub drain_timeout: Duration,
 }
@@ -43,6 +50,7 @@ impl Default for IngressConfig {
             header_timeout: Duration::from_secs(30),
             idle_timeout: Duration::from_secs(300),
             max_header_bytes: 64 * 1024,
+            limits: Limits::default(),
             drain_timeout: Duration::from_secs(3),
         }
     }
@@ -58,7 +66,14 @@ pub async fn serve(
 ) {
     let tasks = TaskTracker::new();
     let cut = CancellationToken::new();
-    let proxy = Arc::new(Proxy { plane, tls: AppTls::new(), tasks: tasks.clone(), cut: cut.clone() });
+    let proxy = Arc::new(Proxy {
+        plane,
+        tls: AppTls::new(),
+        ports: Ports::default(),
+        limiter: Limiter::new(config.limits),
+        tasks: tasks.clone(),
+        cut: cut.clone(),
+    });
     let drain_timeout = config.drain_timeout;
     let server = Arc::new(Server { tls: TlsAcceptor::from(tls), proxy, config, shutdown: shutdown.clone() });
     for listener in listeners {

@@ -4,52 +4,68 @@ use std::{
     io::{self, IoSlice},
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use hearth_control::plane::Activity;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// A stream that reports its traffic.
+use crate::limits::{Pace, Way};
+
+/// A stream that reports its traffic, and keeps to a pace if there is one.
 pub(crate) struct Metered<S> {
     stream: S,
     activity: Arc<Activity>,
+    pace: Option<Pace>,
 }
 
 impl<S> Metered<S> {
-    pub(crate) fn new(stream: S, activity: Arc<Activity>) -> Self {
-        Self { stream, activity }
+    pub(crate) fn new(stream: S, activity: Arc<Activity>, pace: Option<Pace>) -> Self {
+        Self { stream, activity, pace }
     }
 
-    fn count(&self, written: &Poll<io::Result<usize>>) {
-        if matches!(written, Poll::Ready(Ok(1..))) {
+    fn poll_ready(&mut self, way: Way, cx: &mut Context<'_>) -> Poll<()> {
+        self.pace.as_mut().map_or(Poll::Ready(()), |pace| pace.poll_ready(way, cx))
+    }
+
+    fn moved(&self, bytes: usize) {
+        if bytes > 0 {
             self.activity.touch();
+            if let Some(pace) = &self.pace {
+                pace.moved(bytes);
+            }
         }
+    }
+
+    fn written(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.moved(bytes);
+        }
+        written
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_ready(Way::In, cx));
         let before = buf.filled().len();
         let result = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if buf.filled().len() > before {
-            self.activity.touch();
-        }
+        self.moved(buf.filled().len() - before);
         result
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Metered<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.count(&result);
-        result
+        ready!(self.poll_ready(Way::Out, cx));
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.written(written)
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.count(&result);
-        result
+        ready!(self.poll_ready(Way::Out, cx));
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.written(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -77,7 +93,7 @@ mod tests {
     async fn bytes_in_either_direction_count_and_silence_does_not() {
         let activity = Arc::new(Activity::default());
         let (near, mut far) = duplex(64);
-        let mut metered = Metered::new(near, activity.clone());
+        let mut metered = Metered::new(near, activity.clone(), None);
         let mut last = activity.last();
         let mut moved = async || {
             // The meter counts in milliseconds.

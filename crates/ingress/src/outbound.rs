@@ -69,6 +69,16 @@ fn ask_before_body(request: &mut Request<Upload>) {
     });
 }
 
+/// The same request once more, without a body.
+pub(crate) fn again(request: &Request<Upload>) -> Request<Upload> {
+    let mut again = Request::new(Upload::empty());
+    *again.method_mut() = request.method().clone();
+    *again.uri_mut() = request.uri().clone();
+    *again.version_mut() = request.version();
+    *again.headers_mut() = request.headers().clone();
+    again
+}
+
 /// Makes an application's answer the client's.
 pub(crate) fn tidy<B>(response: &mut Response<B>, id: Uuid) {
     // hyper fits it to what the client speaks.

@@ -8,6 +8,7 @@ use hearth_control::{
     token::TokenKind,
 };
 use http::{Request, Response, StatusCode};
+use http_body::Body;
 use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
 use hyper::{body::Incoming, upgrade};
 use tokio::net::TcpStream;
@@ -22,9 +23,12 @@ use crate::{
     credentials::{Credentials, Offer},
     error::RequestError,
     headers, host,
+    limits::{Limiter, Pace, Slots},
     linger::StillSending,
     meter::Metered,
-    outbound, tcp,
+    outbound,
+    ports::{Ports, hints_at_tls},
+    tcp,
     tunnel::Tunnel,
     upgrade::{self as websocket, Handshake},
 };
@@ -35,6 +39,8 @@ pub(crate) type ResponseBody = UnsyncBoxBody<Bytes, hyper::Error>;
 pub(crate) struct Proxy {
     pub(crate) plane: Arc<dyn DataPlane>,
     pub(crate) tls: AppTls,
+    pub(crate) ports: Ports,
+    pub(crate) limiter: Limiter,
     /// Tunnels, which outlive their requests.
     pub(crate) tasks: TaskTracker,
     /// Ends what has not ended by itself when the server stops.
@@ -47,11 +53,13 @@ pub(crate) struct Peer {
     /// The name that the TLS client asked for.
     server_name: Option<String>,
     sending: StillSending,
+    /// Freed with the connection and whatever became of it.
+    slots: Slots,
 }
 
 impl Peer {
     pub(crate) fn new(stream: &TlsStream<TcpStream>, sending: StillSending) -> Self {
-        Self { server_name: stream.get_ref().1.server_name().map(str::to_owned), sending }
+        Self { server_name: stream.get_ref().1.server_name().map(str::to_owned), sending, slots: Slots::default() }
     }
 }
 
@@ -90,13 +98,14 @@ impl Proxy {
 
         let endpoint = host::endpoint(&request, peer.server_name.as_deref())?;
         let admission = self.authenticate(&endpoint, &request, &offer)?;
+        let pace = self.limiter.admit(&admission, &peer.slots)?;
         if admission.kind == TokenKind::Http && tcp::is_asked_for(&request) {
-            return self.tcp(&admission, client_upgrade).await;
+            return self.tcp(&admission, peer, pace, client_upgrade).await;
         }
         let handshake = handshake?;
         if admission.kind == TokenKind::Shell {
             let handshake = handshake.ok_or(RequestError::ShellToken)?;
-            return self.shell(admission, request.headers(), handshake, &offer, client_upgrade).await;
+            return self.shell(admission, peer, request.headers(), handshake, &offer, client_upgrade).await;
         }
 
         let mut speech = Speech::asked(request.headers());
@@ -104,8 +113,8 @@ impl Proxy {
             speech.version = Version::Http1;
         }
         outbound::prepare(&mut request, &endpoint, speech, handshake, id);
-        let mut app = self.connect(&admission, &endpoint, speech).await?;
-        let mut response = app.send(request).await?;
+        let route = Route { admission: &admission, endpoint: &endpoint, pace };
+        let (app, mut response) = self.exchange(&route, speech, request).await?;
 
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             let Some(handshake) = handshake else { return Err(RequestError::UnaskedUpgrade) };
@@ -132,14 +141,50 @@ impl Proxy {
         Ok(admission)
     }
 
-    /// Holds the request until the MicroVM is awake. Dropped when the client leaves meanwhile.
-    async fn connect(&self, admission: &Admission, endpoint: &str, speech: Speech) -> Result<App, RequestError> {
-        let stream = self.plane.connect(admission).await?;
-        let stream = Metered::new(stream, admission.activity.clone());
-        if speech.tls {
-            App::begin(self.tls.begin(stream, endpoint, speech.version).await?, speech.version).await
-        } else {
-            App::begin(stream, speech.version).await
+    /// Has the application answer, in TLS if that is what it turns out to speak.
+    async fn exchange(
+        &self,
+        route: &Route<'_>,
+        asked: Speech,
+        request: Request<Upload>,
+    ) -> Result<(App, Response<Incoming>), RequestError> {
+        let tls = asked.tls || self.ports.speaks_tls(route.admission);
+        let speech = Speech { tls, ..asked };
+        let unknown = !tls && self.ports.is_unknown(route.admission);
+        let spare = (unknown && request.body().is_end_stream()).then(|| outbound::again(&request));
+        let mut app = self.connect(route, speech).await?;
+        let answer = app.send(request).await;
+        let status = answer.as_ref().map(Response::status);
+        if unknown && hints_at_tls(status) {
+            // Nobody has read the request who understood it, so it may be sent again; but what was in its body is gone.
+            if let Ok(mut app) = self.connect(route, Speech { tls: true, ..speech }).await
+                && let Some(spare) = spare
+            {
+                return app.send(spare).await.map(|response| (app, response));
+            }
         }
+        if !tls && !self.ports.speaks_tls(route.admission) {
+            self.ports.answered(route.admission, status);
+        }
+        answer.map(|response| (app, response))
     }
+
+    /// Holds the request until the MicroVM is awake. Dropped when the client leaves meanwhile.
+    async fn connect(&self, route: &Route<'_>, speech: Speech) -> Result<App, RequestError> {
+        let stream = self.plane.connect(route.admission).await?;
+        let stream = Metered::new(stream, route.admission.activity.clone(), route.pace.clone());
+        if !speech.tls {
+            return App::begin(stream, speech.version).await;
+        }
+        let stream = self.tls.begin(stream, route.endpoint, speech.version).await;
+        self.ports.tried(route.admission, stream.is_ok());
+        App::begin(stream?, speech.version).await
+    }
+}
+
+/// Where a request goes.
+struct Route<'a> {
+    admission: &'a Admission,
+    endpoint: &'a str,
+    pace: Option<Pace>,
 }

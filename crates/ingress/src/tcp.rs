@@ -1,6 +1,8 @@
 //! Raw TCP to a port of the MicroVM, an extension for `hearth forward`: an HTTP/1.1 request with `Upgrade: hearth-tcp` and a token for the
 //! port. After `101 Switching Protocols` the bytes are the connection's, and each direction ends on its own.
 
+use std::sync::Arc;
+
 use hearth_control::plane::Admission;
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
@@ -11,8 +13,9 @@ use tracing::{Instrument, debug};
 use crate::{
     error::RequestError,
     headers::lists,
+    limits::Pace,
     meter::Metered,
-    proxy::{Proxy, ResponseBody},
+    proxy::{Peer, Proxy, ResponseBody},
 };
 
 const PROTOCOL: &str = "hearth-tcp";
@@ -24,10 +27,19 @@ pub(crate) fn is_asked_for<B>(request: &Request<B>) -> bool {
 
 impl Proxy {
     /// Connects, then switches.
-    pub(crate) async fn tcp(&self, admission: &Admission, client: OnUpgrade) -> Result<Response<ResponseBody>, RequestError> {
-        let mut guest = Metered::new(self.plane.connect(admission).await?, admission.activity.clone());
+    pub(crate) async fn tcp(
+        &self,
+        admission: &Admission,
+        peer: &Arc<Peer>,
+        pace: Option<Pace>,
+        client: OnUpgrade,
+    ) -> Result<Response<ResponseBody>, RequestError> {
+        let mut guest = Metered::new(self.plane.connect(admission).await?, admission.activity.clone(), pace);
+        let peer = peer.clone();
         let cut = self.cut.clone();
         let tunnel = async move {
+            // The connection counts for its MicroVM as long as this lives.
+            let _peer = peer;
             let copied = async {
                 let mut client = TokioIo::new(client.await.map_err(std::io::Error::other)?);
                 copy_bidirectional(&mut client, &mut guest).await

@@ -115,6 +115,8 @@ pub(crate) struct Record {
     /// Of the image's version, which may be gone.
     pub hooks: Hooks,
     pub run_hook_payload: Option<String>,
+    /// What its image asks for.
+    pub memory_mib: u32,
     /// Counts launches and resumes, from 1.
     pub generation: u64,
     pub suspended_at: Option<SystemTime>,
@@ -204,6 +206,7 @@ pub(crate) struct Handle {
     pub activity: Arc<Activity>,
     /// Open streams keep it awake.
     counts_streams: bool,
+    pub memory_mib: u32,
     http: bool,
     shell: bool,
     view: watch::Receiver<View>,
@@ -232,6 +235,7 @@ impl Handle {
         let (requests, mailbox) = mpsc::unbounded_channel();
         let wake = Arc::new(Notify::new());
         let activity = Arc::new(Activity::default());
+        let memory_mib = record.memory_mib;
         let (id, host) = (record.vm.id.clone(), record.vm.endpoint.clone());
         let (account, region) = (record.account.clone(), record.region.clone());
         let http = allows_http(&record.vm.ingress_network_connectors);
@@ -239,7 +243,7 @@ impl Handle {
         let suspender = Suspender(requests.downgrade());
         let channels = driver::Channels { publish, mailbox, suspender, wake: Arc::clone(&wake), activity: Arc::clone(&activity) };
         let task = start(channels, record);
-        Arc::new(Self { id, account, region, host, activity, counts_streams, http, shell, view, requests, wake, task })
+        Arc::new(Self { id, account, region, host, activity, counts_streams, memory_mib, http, shell, view, requests, wake, task })
     }
 
     /// The MicroVM as last recorded.

@@ -268,7 +268,8 @@ impl Server {
 
         let tls = hearth_ingress::server_config(certificates.served())?;
         self.listeners.spawn(self.stop.clone().run_until_cancelled_owned(certificates.keep()).map(drop));
-        let endpoints = hearth_ingress::serve(listeners.endpoints, tls, self.control.clone(), IngressConfig::default(), self.stop.clone());
+        let ingress = IngressConfig { limits: config.endpoints.into(), ..IngressConfig::default() };
+        let endpoints = hearth_ingress::serve(listeners.endpoints, tls, self.control.clone(), ingress, self.stop.clone());
         self.listeners.spawn(endpoints);
         self.listeners.close();
         Ok(())

@@ -28,7 +28,7 @@ use crate::{
     error::RequestError,
     headers::items,
     meter::Metered,
-    proxy::{Proxy, ResponseBody},
+    proxy::{Peer, Proxy, ResponseBody},
     upgrade::Handshake,
 };
 use socket::Socket;
@@ -75,7 +75,7 @@ struct Opener {
 impl Opener {
     async fn open(&self, target: &Target) -> Result<GuestIo, RequestError> {
         let stream = self.plane.open(&self.admission, target).await?;
-        Ok(Metered::new(stream, self.admission.activity.clone()))
+        Ok(Metered::new(stream, self.admission.activity.clone(), None))
     }
 }
 
@@ -85,6 +85,7 @@ impl Proxy {
     pub(crate) async fn shell(
         &self,
         admission: Admission,
+        peer: &Arc<Peer>,
         asked: &HeaderMap,
         handshake: Handshake,
         offer: &Offer,
@@ -97,6 +98,12 @@ impl Proxy {
             Protocol::Exec | Protocol::Copy => None,
         };
         let session = serve(protocol, opener, shell, client, self.cut.clone());
+        let peer = peer.clone();
+        let session = async move {
+            session.await;
+            // The connection counts for its MicroVM as long as the session lives.
+            drop(peer);
+        };
         self.tasks.spawn(session.in_current_span());
 
         let mut response = Response::new(ResponseBody::default());

@@ -2,8 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+mod app_tls;
 mod forward;
 mod http2;
+mod limits;
 mod refuse;
 mod stop;
 mod support;

@@ -93,7 +93,7 @@ impl DataPlane for FakePlane {
         if claims.kind == TokenKind::Http && !claims.allows(port) {
             return Err(Refusal::PortDenied);
         }
-        Ok(Admission { microvm_id: VM.into(), kind: claims.kind, port, activity: self.activity.clone() })
+        Ok(Admission { microvm_id: VM.into(), kind: claims.kind, port, memory_mib: 512, activity: self.activity.clone() })
     }
 
     async fn open(&self, _: &Admission, _: &Target) -> Result<Box<dyn GuestStream>, ConnectError> {
