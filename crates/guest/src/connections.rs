@@ -25,7 +25,8 @@ const SOCKET_ID: usize = 48;
 /// Where the id begins in a request, and in an answer.
 const ID_IN_REQUEST: usize = 8;
 const ID_IN_ANSWER: usize = 4;
-/// Where the peer's address begins in an id, after two ports and our own address.
+/// Where our own address begins in an id, after two ports, and the peer's after that.
+const OWN_IN_ID: usize = 4;
 const PEER_IN_ID: usize = 20;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -55,8 +56,8 @@ pub fn end_outbound() -> Result<(), ConnectionsError> {
             let acknowledged = u16::try_from(libc::NLM_F_REQUEST | libc::NLM_F_ACK).expect("netlink flags are 16 bits");
             send(socket.as_raw_fd(), &request(SOCK_DESTROY, acknowledged, family, CONNECTED, &id), MsgFlags::empty())?;
             match acknowledgement(&socket) {
-                // It ended by itself in the meantime.
-                Ok(()) | Err(Errno::ENOENT) => {}
+                // It ended by itself in the meantime, or is a remainder that no process holds (TIME_WAIT).
+                Ok(()) | Err(Errno::ENOENT | Errno::EOPNOTSUPP) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -127,18 +128,32 @@ fn outcome(body: &[u8]) -> Result<(), Errno> {
 /// The id of an `inet_diag_msg`, if its peer is another machine.
 fn outbound(family: u8, body: &[u8]) -> Option<SocketId> {
     let id: SocketId = body.get(ID_IN_ANSWER..ID_IN_ANSWER + SOCKET_ID)?.try_into().ok()?;
-    let peer: [u8; 16] = id[PEER_IN_ID..PEER_IN_ID + 16].try_into().expect("the range has 16 bytes");
-    let peer = if i32::from(family) == libc::AF_INET {
-        IpAddr::V4(Ipv4Addr::new(peer[0], peer[1], peer[2], peer[3]))
-    } else {
-        IpAddr::V6(Ipv6Addr::from(peer)).to_canonical()
+    let address = |start: usize| {
+        let bytes: [u8; 16] = id[start..start + 16].try_into().expect("the range has 16 bytes");
+        if i32::from(family) == libc::AF_INET {
+            IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))
+        } else {
+            IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical()
+        }
     };
-    let inside = peer.is_loopback() || peer == METADATA_ADDRESS;
+    let (own, peer) = (address(OWN_IN_ID), address(PEER_IN_ID));
+    // Whoever dials an address of this machine does so from the same address.
+    let inside = peer.is_loopback() || peer == METADATA_ADDRESS || peer == own;
     (!inside).then_some(id)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{ErrorKind, Read, Write},
+        net::{SocketAddr, TcpListener, TcpStream},
+    };
+
+    use nix::{
+        sched::{CloneFlags, unshare},
+        sys::socket::{SockaddrStorage, bind, connect},
+    };
+
     use super::*;
 
     fn answer(peer: &[u8]) -> Vec<u8> {
@@ -157,6 +172,75 @@ mod tests {
         assert!(outbound(six, &answer(&Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets())).is_none());
         assert!(outbound(six, &answer(&[0xfd, 0, 0, 1])).is_some());
         assert!(outbound(four, &[0; 20]).is_none(), "a short answer is not read past its end");
+    }
+
+    #[test]
+    fn a_peer_at_our_own_address_is_this_machine() {
+        let mut body = answer(&[10, 0, 2, 1]);
+        body[ID_IN_ANSWER + OWN_IN_ID..][..4].copy_from_slice(&[10, 0, 2, 1]);
+        assert!(outbound(2, &body).is_none());
+    }
+
+    /// Both ends of a connection that was made from one address to another.
+    fn connection(from: IpAddr, to: IpAddr) -> (TcpStream, TcpStream) {
+        let (domain, listener) = match to {
+            IpAddr::V4(_) => (AddressFamily::Inet, TcpListener::bind((to, 0)).unwrap()),
+            IpAddr::V6(_) => (AddressFamily::Inet6, TcpListener::bind((to, 0)).unwrap()),
+        };
+        let near = socket(domain, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(near.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from((from, 0)))).unwrap();
+        connect(near.as_raw_fd(), &SockaddrStorage::from(listener.local_addr().unwrap())).unwrap();
+        (near.into(), listener.accept().unwrap().0)
+    }
+
+    fn ip(arguments: &str) {
+        let status = std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap();
+        assert!(status.success(), "ip {arguments}");
+    }
+
+    /// Needs root, for a network of its own.
+    #[test]
+    fn outbound_connections_end_and_those_within_the_machine_stay() {
+        // The namespace is this thread's, and goes with it.
+        let thread = std::thread::spawn(|| {
+            if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
+                eprintln!("skipped: making a network namespace: {error}");
+                return;
+            }
+            ip("link set lo up");
+            // To the kernel's socket tables, two addresses of one machine look like two machines.
+            let [here, there] = ["192.0.2.1", "192.0.2.2"].map(|text| text.parse().unwrap());
+            let [here6, there6] = ["2001:db8::1", "2001:db8::2"].map(|text| text.parse().unwrap());
+            for address in [here, there, here6, there6] {
+                let length = if IpAddr::is_ipv4(&address) { "32" } else { "128 nodad" };
+                ip(&format!("addr add {address}/{length} dev lo"));
+            }
+            let loopbacks = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+            // One that the application closed first leaves a remainder in TIME_WAIT, which cannot be ended and must not end the work.
+            let (first, second) = connection(here, there);
+            drop(first);
+            drop(second);
+            let stay = [(loopbacks[0], loopbacks[0]), (loopbacks[1], loopbacks[1]), (here, here), (here6, here6)];
+            let stay = stay.map(|(from, to)| (to, connection(from, to)));
+            let end = [(here, there), (here6, there6)].map(|(from, to)| (to, connection(from, to)));
+
+            end_outbound().unwrap();
+
+            for (to, (mut near, mut far)) in stay {
+                near.write_all(b"x").unwrap();
+                assert_eq!(far.read(&mut [0; 8]).unwrap(), 1, "the connection to {to} lives on");
+            }
+            for (to, (mut near, _far)) in end {
+                near.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+                let error = near.read(&mut [0; 8]).unwrap_err();
+                // Aborted if this end was found first, reset if the other was.
+                assert!(
+                    matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset),
+                    "the connection to {to}: {error}"
+                );
+            }
+        });
+        thread.join().unwrap();
     }
 
     #[test]

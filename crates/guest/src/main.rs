@@ -18,6 +18,7 @@ mod dial;
 mod exec;
 mod freezer;
 mod hook;
+mod generation;
 mod identity;
 mod listen;
 mod logs;

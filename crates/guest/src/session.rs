@@ -27,6 +27,7 @@ use crate::{
     cgroup, connections, copy, dial, exec,
     freezer::Freezer,
     hook,
+    generation::{self, Counter},
     identity::{self, Names},
     listen::Watch,
     logs::Logs,
@@ -82,6 +83,7 @@ struct Guest {
     names: Names,
     freezer: Freezer,
     metadata: Metadata,
+    counter: Counter,
     /// The MicroVM's id and generation, as the last session's host said.
     life: Option<(String, u64)>,
 }
@@ -101,6 +103,7 @@ pub async fn serve(machine: &Machine) -> anyhow::Result<Infallible> {
         names: Names::new(Path::new(ROOTFS)),
         freezer: Freezer::new(Path::new(cgroup::APP)),
         metadata: Metadata::start(),
+        counter: Counter::create(Path::new(generation::DIRECTORY)).context("making the generation counter")?,
         life: None,
     };
     let port = Port::open(&machine.port).with_context(|| format!("opening {}", machine.port.display()))?;
@@ -226,7 +229,8 @@ impl Guest {
             Some(previous) if previous != life => connections::end_outbound().map_err(|error| error.to_string()),
             _ => Ok(()),
         };
-        for result in [random, network, connections] {
+        let counter = self.counter.show(hello.generation).map_err(|error| format!("showing the generation: {error}"));
+        for result in [random, network, connections, counter] {
             self.tell_failure(result);
         }
     }

@@ -57,11 +57,13 @@ done) &
 exec perl -e '
 use IO::Socket; $| = 1; $SIG{CHLD} = "IGNORE";
 $s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 80, Listen => 5) or die "listen: $!";
+open(G, "<", "/dev/hearth/generation") or die "generation: $!";
 while (1) {
     $c = $s->accept or next;
     $r = join "", <$c>;
     exit $1 if $r =~ /^exit (\d+)/;
     print "time ", time, "\n" if $r eq "time";
+    if ($r eq "generation") { sysseek(G, 0, 0); sysread(G, $g, 16); print "generation $g" }
     if ($r eq "longest") { open(F, "<", "/longest"); print "longest ", <F>; close F }
     if ($r =~ /^connect (\d+)/) {
         $o = IO::Socket::INET->new(PeerAddr => "10.0.2.2", PeerPort => $1) or die "connect: $!";
@@ -343,7 +345,7 @@ async fn a_guest_serves_one_host_after_another() {
     assert_eq!(say("host"), "box box");
     assert_eq!(say("bounding"), "00000000a80425fb");
     assert_eq!(say("effective"), "00000000a80425fb");
-    assert_eq!(say("dev"), "fd,full,mqueue,null,ptmx,pts,random,shm,stderr,stdin,stdout,tty,urandom,zero,");
+    assert_eq!(say("dev"), "fd,full,hearth,mqueue,null,ptmx,pts,random,shm,stderr,stdin,stdout,tty,urandom,zero,");
     assert_eq!(say("shm"), "65536");
     assert!(say("processes").parse::<u32>().unwrap() < 8, "only the container's processes are seen");
     assert_eq!(say("resolver"), "nameserver 10.0.2.3");
@@ -361,6 +363,8 @@ async fn a_guest_serves_one_host_after_another() {
     let much = "0123456789abcdef".repeat(1 << 16);
     assert!(session.ask(&much).await == much, "a mebibyte goes both ways");
     assert_eq!(session.dial(81).await.1, DialReply::Refused);
+    assert_eq!(session.ask("generation").await, "generation");
+    assert_eq!(session.line().await.line, b"generation 1");
 
     // A connection that is open when the session ends is closed towards the application, which else would never take another.
     let (_hanging, reply) = session.dial(80).await;
@@ -401,6 +405,8 @@ async fn a_guest_serves_one_host_after_another() {
     drop(host.connection().await);
     let mut session = Session::open(host.connection().await, DETACH_MARKER, 2, now_seconds()).await;
     assert_eq!(String::from_utf8_lossy(&session.line().await.line), "outside Software caused connection abort");
+    assert_eq!(session.ask("generation").await, "generation");
+    assert_eq!(session.line().await.line, b"generation 2");
     assert_eq!(session.ask("exit 7").await, "");
     assert_eq!(session.message().await, GuestMessage::Exited(ExitStatus { code: 7, out_of_memory: false }));
     session.detach().await;

@@ -10,7 +10,7 @@ use nix::{
 };
 
 use super::container::{ContainerError, kernel};
-use crate::boot::ROOTFS;
+use crate::{boot::ROOTFS, generation};
 
 /// Docker's masked and read-only paths: files that tell about or change the machine rather than the container.
 const MASKED: [&str; 9] = [
@@ -75,6 +75,9 @@ fn populate_dev(dev: &Path, plain: MsFlags, privileged: bool) -> Result<(), Cont
     attach("devpts", &dev.join("pts"), no_exec, Some("newinstance,ptmxmode=0666,mode=0620,gid=5"))?;
     attach("tmpfs", &dev.join("shm"), plain, Some("mode=1777,size=64m"))?;
     attach("mqueue", &dev.join("mqueue"), plain, None)?;
+    let hearth = dev.join("hearth");
+    fs::create_dir(&hearth).map_err(|error| ContainerError::File("making /dev/hearth".to_owned(), error))?;
+    bind_read_only(Path::new(generation::DIRECTORY), &hearth)?;
     umask(previous);
     Ok(())
 }
@@ -93,13 +96,17 @@ fn hide_kernel_files(root: &Path) -> Result<(), ContainerError> {
     for path in READ_ONLY {
         let target = inside(path);
         if target.exists() {
-            bind(&target, &target, MsFlags::MS_REC)?;
-            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-            mount(None::<&str>, &target, None::<&str>, flags | MsFlags::MS_NOEXEC, None::<&str>)
-                .map_err(|error| ContainerError::Kernel { doing: format!("making {path} read-only"), error })?;
+            bind_read_only(&target, &target)?;
         }
     }
     Ok(())
+}
+
+fn bind_read_only(source: &Path, target: &Path) -> Result<(), ContainerError> {
+    bind(source, target, MsFlags::MS_REC)?;
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(None::<&str>, target, None::<&str>, flags | MsFlags::MS_NOEXEC, None::<&str>)
+        .map_err(|error| ContainerError::Kernel { doing: format!("making {} read-only", target.display()), error })
 }
 
 fn bind(source: &Path, target: &Path, flags: MsFlags) -> Result<(), ContainerError> {
