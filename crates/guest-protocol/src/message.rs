@@ -60,7 +60,7 @@ pub enum HostMessage {
         /// Random bytes, new for each `Detach`.
         marker: Marker,
         /// A snapshot is to be taken that every clone will carry: first drop caches, and fill with zeros the memory that nobody uses any more.
-        /// The number is the bytes of memory that the machine has ever touched; what was never touched is zero already.
+        /// The number is how many bytes of its memory the machine has touched so far: the rest is zero already.
         trim: Option<u64>,
     },
     /// Answer to [`GuestMessage::AskTime`].

@@ -1,8 +1,8 @@
 //! Makes memory that nobody uses cheap to keep, before a snapshot is taken: caches are dropped, and free pages are filled with zeros, which a
 //! snapshot holds as holes. What the application maps stays where it is.
 //!
-//! The kernel hands out zeroed pages; taking all the free memory that has ever been touched and giving it back leaves zeros. The kernel could
-//! zero pages as they are freed (`init_on_free=1`), but would then touch all of the memory at boot, and again while the clones run.
+//! The kernel hands out zeroed pages; taking the free memory and giving it back leaves zeros. The kernel could zero pages as they are freed
+//! (`init_on_free=1`), but would then touch all of the memory at every boot, and write to it on behalf of every clone.
 
 use std::{fs, io, num::NonZero, ptr::NonNull};
 
@@ -15,53 +15,82 @@ use nix::{
     },
 };
 
-/// How much memory is taken in one go, in bytes.
-const STEP: usize = 4 << 20;
-/// Bytes that stay free: below some megabytes the kernel begins to throw out mapped files, which clones would have to read again.
-const RESERVE: u64 = 16 << 20;
+/// How much memory is taken in one go, in bytes: much while there is much, then little, so that nearly all of it is found.
+const LARGE_STEP: u64 = 32 << 20;
+const SMALL_STEP: u64 = 256 << 10;
+/// Bytes that stay free: with less, the kernel begins to throw out mapped files, which clones would have to read again.
+const RESERVE: u64 = 6 << 20;
+/// Bytes taken beyond those that have been used before. Memory is handed out in no order that tells the two apart, and what is taken is
+/// the host's memory until the snapshot has been written.
+const BEYOND: u64 = 2 << 30;
+
+/// How much of a zone is kept for those who can use no other memory. None of it, for a moment.
+const ZONE_RESERVES: &str = "/proc/sys/vm/lowmem_reserve_ratio";
 
 /// Memory could not be trimmed. The snapshot is larger than it could be.
 #[derive(Debug, thiserror::Error)]
 pub enum TrimError {
-    /// caches could not be dropped
-    #[error("dropping caches: {0}")]
-    Caches(io::Error),
+    /// a setting of the kernel could not be changed
+    #[error("trimming memory: {path}: {error}")]
+    Setting {
+        /// Which file.
+        path: &'static str,
+        /// The kernel's answer.
+        error: io::Error,
+    },
     /// memory could not be taken
     #[error("taking free memory: {0}")]
     Memory(#[from] Errno),
 }
 
-/// Trims. `touched` is how many bytes of its memory the machine has ever touched: the rest is zero anyway and shall not be touched now.
+/// Trims. `touched` is how many bytes of its memory the machine has touched so far.
 pub fn trim(touched: u64) -> Result<(), TrimError> {
     nix::unistd::sync();
     // Clean pages of files that nobody maps, directory entries and inodes.
-    fs::write("/proc/sys/vm/drop_caches", "3").map_err(TrimError::Caches)?;
+    set("/proc/sys/vm/drop_caches", "3")?;
+    let reserves = fs::read_to_string(ZONE_RESERVES).map_err(|error| TrimError::Setting { path: ZONE_RESERVES, error })?;
+    set(ZONE_RESERVES, "0 0 0 0")?;
+    let taken = take_free_memory(touched);
+    set(ZONE_RESERVES, &reserves)?;
+    Ok(taken?)
+}
+
+fn take_free_memory(touched: u64) -> Result<(), Errno> {
     let memory = sysinfo()?;
     let used = memory.ram_total() - memory.ram_unused();
+    let mut left = touched.saturating_sub(used) + BEYOND;
     let mut taken = Vec::new();
-    let mut left = touched.saturating_sub(used);
-    while left > 0 && sysinfo()?.ram_unused() > RESERVE + STEP as u64 {
-        taken.push(Taken::new()?);
-        left = left.saturating_sub(STEP as u64);
+    while left > 0 {
+        let step = match sysinfo()?.ram_unused() {
+            free if free > RESERVE + 2 * LARGE_STEP => LARGE_STEP,
+            free if free > RESERVE => SMALL_STEP,
+            _ => break,
+        };
+        taken.push(Taken::new(step.min(left))?);
+        left = left.saturating_sub(step);
     }
     Ok(())
 }
 
+fn set(path: &'static str, value: &str) -> Result<(), TrimError> {
+    fs::write(path, value).map_err(|error| TrimError::Setting { path, error })
+}
+
 /// Some memory, every page of which is there and zero. Dropping it gives it back.
-struct Taken(NonNull<c_void>);
+struct Taken {
+    start: NonNull<c_void>,
+    length: usize,
+}
 
 impl Taken {
-    fn new() -> Result<Self, Errno> {
-        let length = NonZero::new(STEP).expect("a constant over zero");
+    fn new(length: u64) -> Result<Self, Errno> {
+        let length = usize::try_from(length).ok().and_then(NonZero::new).ok_or(Errno::EINVAL)?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
-        let taken = Self(unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }?);
-        // Huge pages would come out of the memory that has stayed in one piece, which is the least likely to have been touched.
-        // SAFETY: both only change how the mapping just made is backed.
-        unsafe {
-            madvise(taken.0, STEP, MmapAdvise::MADV_NOHUGEPAGE)?;
-            madvise(taken.0, STEP, MmapAdvise::MADV_POPULATE_WRITE)?;
-        }
+        let start = unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }?;
+        let taken = Self { start, length: length.get() };
+        // SAFETY: only has the pages of the mapping just made filled in.
+        unsafe { madvise(start, taken.length, MmapAdvise::MADV_POPULATE_WRITE) }?;
         Ok(taken)
     }
 }
@@ -69,7 +98,7 @@ impl Taken {
 impl Drop for Taken {
     fn drop(&mut self) {
         // SAFETY: made in `new` with this length; nothing refers to it.
-        let unmapped = unsafe { munmap(self.0, STEP) };
+        let unmapped = unsafe { munmap(self.start, self.length) };
         debug_assert_eq!(unmapped, Ok(()));
     }
 }
@@ -80,9 +109,9 @@ mod tests {
 
     #[test]
     fn memory_that_was_taken_is_there_and_zero() {
-        let taken = Taken::new().unwrap();
+        let taken = Taken::new(1 << 20).unwrap();
         // SAFETY: the mapping has this many bytes and lives until the end of the test.
-        let bytes = unsafe { std::slice::from_raw_parts(taken.0.cast::<u8>().as_ptr(), STEP) };
+        let bytes = unsafe { std::slice::from_raw_parts(taken.start.cast::<u8>().as_ptr(), taken.length) };
         assert!(bytes.iter().all(|byte| *byte == 0));
     }
 }

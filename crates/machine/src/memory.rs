@@ -13,7 +13,7 @@ use std::{
 };
 
 use nix::{
-    fcntl::{FcntlArg, SealFlag, fcntl},
+    fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
     unistd::{Whence, lseek64},
 };
@@ -60,22 +60,35 @@ pub fn seal(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes what a file of guest memory holds to a new file, and returns the number of bytes. Pages of zeros become holes.
+/// Writes what a file of guest memory holds to a new file, and returns the number of bytes. Pages of zeros become holes, in both files.
 pub fn copy_data(memory: &File, path: &Path) -> io::Result<u64> {
     let copy = File::create_new(path)?;
     copy.set_len(memory.metadata()?.len())?;
     let mut page = [0; PAGE as usize];
     let mut written = 0;
     for (start, end) in data_ranges(memory)? {
+        let mut zeros = start;
         for offset in (start..end).step_by(page.len()) {
             memory.read_exact_at(&mut page, offset)?;
             if page.iter().any(|byte| *byte != 0) {
                 copy.write_all_at(&page, offset)?;
                 written += PAGE;
+                punch(memory, zeros, offset)?;
+                zeros = offset + PAGE;
             }
         }
+        punch(memory, zeros, end)?;
     }
     Ok(written)
+}
+
+/// Makes a part of a file a hole.
+fn punch(file: &File, start: u64, end: u64) -> io::Result<()> {
+    if start < end {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(file, flags, start.cast_signed(), (end - start).cast_signed())?;
+    }
+    Ok(())
 }
 
 /// The parts of a file that are not holes, as start and end offsets.
@@ -276,6 +289,26 @@ mod tests {
         assert_eq!(data_ranges(&copy).unwrap().len(), 1);
         assert_eq!(copy.write_at(b"x", 0).unwrap_err().raw_os_error(), Some(nix::libc::EPERM));
         assert_eq!(data_bytes(&path).unwrap(), 4096);
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn pages_of_zeros_are_holes_in_a_snapshot_and_take_no_memory() {
+        let memory = File::from(memfd_create(NAME, MFdFlags::MFD_CLOEXEC).unwrap());
+        memory.set_len(64 * PAGE).unwrap();
+        memory.write_all_at(&vec![0; 40 * 4096], 8 * PAGE).unwrap();
+        for page in [9, 10, 30] {
+            memory.write_all_at(b"guest", page * PAGE).unwrap();
+        }
+        assert_eq!(allocated_bytes(&memory).unwrap(), 40 * PAGE);
+        let path = std::env::temp_dir().join(format!("hearth-memory-{}", uuid::Uuid::new_v4()));
+        assert_eq!(copy_data(&memory, &path).unwrap(), 3 * PAGE);
+        assert_eq!((data_bytes(&path).unwrap(), allocated_bytes(&memory).unwrap()), (3 * PAGE, 3 * PAGE));
+        let mut text = [0; 5];
+        for file in [&memory, &File::open(&path).unwrap()] {
+            file.read_exact_at(&mut text, 30 * PAGE).unwrap();
+            assert_eq!(&text, b"guest");
+        }
         fs::remove_file(&path).unwrap();
     }
 

@@ -18,13 +18,13 @@ use serde::{Deserialize, Serialize};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{EVENT_QUEUE, Failure, NEXT_STATE, OVERLAY, READY, Shared, create_overlay, identity, process::Process, qmp::Qmp};
+use super::{EVENT_QUEUE, Failure, NEXT_STATE, OVERLAY, READY, Shared, create_overlay, process::Process, qmp::Qmp};
 use crate::{
     engine::{CaptureError, Dial, GuestError, GuestServices, Machine, MachineEvent, SuspendError, SuspendOutcome, Suspended, Usage},
     kit::sha256_data,
     memory::{self, Extent, Mapping},
     network::Slot,
-    session::Session,
+    session::{Identity, Session},
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS, Snapshot, SnapshotError, SnapshotManifest},
     working_set::WorkingSet,
 };
@@ -67,7 +67,7 @@ pub struct QemuMachine {
 
 impl QemuMachine {
     /// Takes over a machine whose guest is ready.
-    pub async fn run(parts: Parts, session: Session, events: mpsc::Sender<MachineEvent>, receiver: mpsc::Receiver<MachineEvent>) -> Self {
+    async fn run(parts: Parts, session: Session, events: mpsc::Sender<MachineEvent>, receiver: mpsc::Receiver<MachineEvent>) -> Self {
         let closing = Arc::new(AtomicBool::new(false));
         let (exited, disk_failure) = (parts.process.exit_watch(), parts.qmp.disk_failure());
         let broken = session.take_end().await;
@@ -240,14 +240,24 @@ impl Machine for QemuMachine {
 }
 
 impl Parts {
-    /// Goes on with a machine whose session has ended and whose processors run: the same life in a new session.
-    async fn run_on(self, marker: Marker) -> Result<SuspendOutcome, SuspendError> {
+    /// Opens a session with the guest, whose processors run, and makes a machine of the parts. `marker` is the one the guest waits for.
+    pub async fn begin<E: From<Failure> + From<GuestError>>(self, marker: Marker, deadline: Duration) -> Result<QemuMachine, E> {
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let channel = self.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
-        let identity = identity(&self.id, self.generation, &self.slot, Arc::clone(&self.services));
-        let session = Session::open(channel, marker, identity, READY, events.clone()).await?;
-        tracing::debug!(id = self.id, "a suspend was cancelled");
-        Ok(SuspendOutcome::Cancelled(Box::new(QemuMachine::run(self, session, events, receiver).await)))
+        let services = Arc::clone(&self.services);
+        let identity = Identity { vm_id: self.id.clone(), generation: self.generation, network: Some(self.slot.network()), services };
+        let session = tokio::select! {
+            session = Session::open(channel, marker, identity, deadline, events.clone()) => session?,
+            reason = self.process.exit_watch() => return Err(Failure::Monitor(reason.to_string()).into()),
+        };
+        Ok(QemuMachine::run(self, session, events, receiver).await)
+    }
+
+    /// Goes on with a machine whose session has ended and whose processors run: the same life in a new session.
+    async fn run_on(self, marker: Marker) -> Result<SuspendOutcome, SuspendError> {
+        let machine = self.begin::<SuspendError>(marker, READY).await?;
+        tracing::debug!(id = machine.parts.id, "a suspend was cancelled");
+        Ok(SuspendOutcome::Cancelled(Box::new(machine)))
     }
 }
 

@@ -31,13 +31,13 @@ use std::{
 use async_trait::async_trait;
 use hearth_guest_protocol::BOOT_MARKER;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use tokio::{process::Command, sync::mpsc};
+use tokio::process::Command;
 
 pub use self::command::{find_program, parse_version};
 use self::{
     command::{Hardware, Life},
     images::Images,
-    machine::{Origin, Parts, QemuMachine, SuspendedState},
+    machine::{Origin, Parts, SuspendedState},
     process::{Descriptors, Launch, Process, Spawner},
     qmp::Qmp,
 };
@@ -46,7 +46,6 @@ use crate::{
     kit::Kit,
     memory::{self, Mapping},
     network::{Egress, Slot, Slots},
-    session::{Identity, Session},
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, Platform, ROOTFS, Snapshot, SnapshotError},
 };
 
@@ -271,8 +270,19 @@ struct Started {
     load: Option<i32>,
 }
 
-fn identity(id: &str, generation: u64, slot: &Slot, services: Arc<dyn GuestServices>) -> Identity {
-    Identity { vm_id: id.to_owned(), generation, network: Some(slot.network()), services }
+impl Started {
+    fn into_parts(
+        self,
+        id: String,
+        dir: PathBuf,
+        generation: u64,
+        services: Arc<dyn GuestServices>,
+        origin: Origin,
+        engine: Arc<Shared>,
+    ) -> Parts {
+        let Self { process, qmp, channel, slot, state_path, load: _ } = self;
+        Parts { id, dir, process, qmp, channel, slot, state_path, origin, generation, services, engine }
+    }
 }
 
 #[async_trait]
@@ -303,30 +313,18 @@ impl Engine for Qemu {
                 console: true,
             })
             .await?;
-        let (events, receiver) = mpsc::channel(EVENT_QUEUE);
-        let identity = identity(&spec.id, 0, &started.slot, Arc::clone(&spec.services));
-        let channel = started.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
-        let session = tokio::select! {
-            session = Session::open(started.channel, BOOT_MARKER, identity, spec.timeout, events.clone()) => session,
-            reason = started.process.exit_watch() => return Err(BootError::Monitor(with_console(&reason, &spec.dir))),
-        };
-        let session = session.inspect_err(|error| {
-            tracing::warn!(id = spec.id, %error, console = with_console("", &spec.dir), "the guest did not come up");
+        let dir = spec.dir.clone();
+        let origin = Origin::Boot { memory, rootfs: spec.rootfs, vcpus: spec.vcpus, memory_mib: spec.memory_mib };
+        let parts = started.into_parts(spec.id, spec.dir, 0, spec.services, origin, self.shared.clone());
+        let begun = parts.begin::<BootError>(BOOT_MARKER, spec.timeout).await;
+        let machine = begun.map_err(|error| match error {
+            BootError::Monitor(reason) => BootError::Monitor(with_console(&reason, &dir)),
+            error => {
+                tracing::warn!(%error, console = with_console("", &dir), "the guest did not come up");
+                error
+            }
         })?;
-        let parts = Parts {
-            id: spec.id,
-            dir: spec.dir,
-            process: started.process,
-            qmp: started.qmp,
-            channel,
-            slot: started.slot,
-            state_path: started.state_path,
-            origin: Origin::Boot { memory, rootfs: spec.rootfs, vcpus: spec.vcpus, memory_mib: spec.memory_mib },
-            generation: 0,
-            services: spec.services,
-            engine: self.shared.clone(),
-        };
-        Ok(Box::new(QemuMachine::run(parts, session, events, receiver).await))
+        Ok(Box::new(machine))
     }
 
     async fn launch(&self, spec: LaunchSpec) -> Result<Box<dyn Machine>, LaunchError> {
@@ -383,27 +381,9 @@ impl Engine for Qemu {
         let discarded = tokio::task::spawn_blocking(move || SuspendedState::discard(&dir)).await.map_err(io::Error::other).flatten();
         discarded.map_err(Failure::of("removing the suspended state in", &spec.dir))?;
         started.qmp.cont().await.map_err(Failure::monitor)?;
-        let (events, receiver) = mpsc::channel(EVENT_QUEUE);
-        let identity = identity(&spec.id, spec.generation, &started.slot, Arc::clone(&spec.services));
-        let channel = started.channel.try_clone().map_err(|source| Failure::host("sharing the guest's channel", source))?;
-        let session = tokio::select! {
-            session = Session::open(started.channel, marker, identity, READY, events.clone()) => session?,
-            reason = started.process.exit_watch() => return Err(LaunchError::Monitor(reason.to_string())),
-        };
-        let parts = Parts {
-            id: spec.id,
-            dir: spec.dir,
-            process: started.process,
-            qmp: started.qmp,
-            channel,
-            slot: started.slot,
-            state_path: started.state_path,
-            origin: Origin::Clone { snapshot: spec.snapshot, _image: image, mapped },
-            generation: spec.generation,
-            services: spec.services,
-            engine: self.shared.clone(),
-        };
-        Ok(Box::new(QemuMachine::run(parts, session, events, receiver).await))
+        let origin = Origin::Clone { snapshot: spec.snapshot, _image: image, mapped };
+        let parts = started.into_parts(spec.id, spec.dir, spec.generation, spec.services, origin, self.shared.clone());
+        Ok(Box::new(parts.begin::<LaunchError>(marker, READY).await?))
     }
 
     async fn forget(&self, snapshot: &Snapshot) {
