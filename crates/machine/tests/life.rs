@@ -1,10 +1,11 @@
 //! The life of a machine with the real engine: boot, capture, clone, suspend, resume. Needs root, QEMU and the guest kit (`cargo xtask kit`).
 
 use std::{
+    collections::HashSet,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use hearth_guest_protocol::{App, LogSource};
@@ -23,6 +24,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How far a guest's clock may be off, in nanoseconds.
+const CLOCK_ERROR: u64 = 50_000_000;
+/// How often the test of many suspends suspends its machine, unless `HEARTH_TEST_CYCLES` says how often. What it looks for shows by then; a
+/// hundred are for the patient.
+const CYCLES: u64 = 30;
 
 /// Counts its visitors in memory and on disk, and makes memory dirty when told to.
 const SERVER: &str = r#"
@@ -36,7 +42,9 @@ while ($c = $s->accept) {
     $n++;
     open(F, "+<", "/count") or open(F, "+>", "/count"); $d = <F> + 1; seek(F, 0, 0); print F $d; close F;
     open(R, "<", "/dev/urandom"); read(R, $r, 8); close R;
-    print $c "$n $d ", unpack("H*", $r), " ", time, "\n"; close $c;
+    open(G, "<", "/dev/hearth/generation"); chomp($g = <G>); close G;
+    $t = "\0" x 16; syscall(228, 0, $t); ($seconds, $nanoseconds) = unpack("qq", $t);
+    print $c "$n $d ", unpack("H*", $r), " $g ", $seconds * 1000000000 + $nanoseconds, "\n"; close $c;
 }
 "#;
 
@@ -165,18 +173,39 @@ struct Visit {
     memory: u32,
     disk: u32,
     random: String,
+    generation: u64,
+    /// Nanoseconds since the Unix epoch.
     clock: u64,
+    /// When the server was asked, and when it had answered, by the host's clock.
+    asked: [u64; 2],
+}
+
+impl Visit {
+    /// Nanoseconds by which the guest's clock is off, whatever part of the time between question and answer it was read at.
+    fn clock_error(&self) -> u64 {
+        self.asked[0].saturating_sub(self.clock).max(self.clock.saturating_sub(self.asked[1]))
+    }
+}
+
+fn wall_clock_ns() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_nanos()).unwrap()
 }
 
 async fn visit(machine: &dyn Machine) -> Visit {
     let talk = async {
         let mut stream = machine.dialer().dial(5000).await.unwrap();
+        let asked = wall_clock_ns();
         stream.write_all(b"hello\n").await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
+        let asked = [asked, wall_clock_ns()];
         let mut words = answer.split_whitespace();
         let mut word = || words.next().unwrap_or_else(|| panic!("a short answer: {answer:?}"));
-        Visit { memory: word().parse().unwrap(), disk: word().parse().unwrap(), random: word().to_owned(), clock: word().parse().unwrap() }
+        let (memory, disk) = (word().parse().unwrap(), word().parse().unwrap());
+        let random = word().to_owned();
+        let (generation, clock) = (word().parse().unwrap(), word().parse().unwrap());
+        Visit { memory, disk, random, generation, clock, asked }
     };
     timeout(PATIENCE, talk).await.expect("the server answers")
 }
@@ -240,8 +269,8 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
         eprintln!("resumed in {} ms", begun.elapsed().as_millis());
         let now = visit(&*machine).await;
         assert_eq!((now.memory, now.disk), (life + 1, life + 1));
-        let host = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-        assert!(host.abs_diff(now.clock) <= 1, "the guest's clock says {} at {host}", now.clock);
+        assert_eq!(now.generation, u64::from(life));
+        assert!(now.clock_error() < CLOCK_ERROR, "the guest's clock is off by {} us", now.clock_error() / 1000);
     }
 
     let mut events = machine.take_events().unwrap();
@@ -401,6 +430,49 @@ async fn a_disk_that_fills_is_an_error_in_the_guest_and_nothing_worse() {
     assert!(ask(&*machine, "size").await.starts_with("2\n"), "it lives on");
     machine.kill().await;
     drop(small);
+    bench.end().await;
+}
+
+/// What this process, which is the machines' host, holds: descriptors, threads, children.
+fn holdings() -> [usize; 3] {
+    let entries = |path: &str| std::fs::read_dir(path).unwrap().count();
+    let children = |task: std::io::Result<std::fs::DirEntry>| {
+        // A thread may have ended in the meantime.
+        std::fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default().split_whitespace().count()
+    };
+    [entries("/proc/self/fd"), entries("/proc/self/task"), std::fs::read_dir("/proc/self/task").unwrap().map(children).sum()]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_is_suspended_again_and_again_stays_as_it_is() {
+    let Some(bench) = Bench::new("cycles").await else { return };
+    let cycles = std::env::var("HEARTH_TEST_CYCLES").map_or(CYCLES, |number| number.parse().unwrap());
+    eprintln!("suspends and resumes {cycles} times; HEARTH_TEST_CYCLES=100 for more");
+    let mut machine = bench.boot("image").await;
+    let mut events = machine.take_events().unwrap();
+    machine.start_app(app(&["perl", "-e", SERVER])).await.unwrap();
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the server listens"), Some(MachineEvent::Listening(5000))) {}
+    let snapshot = Arc::new(machine.capture(bench.dir.path().join("snapshot")).await.unwrap());
+
+    let mut machine = bench.clone_of("one", &snapshot).await;
+    let mut randoms = HashSet::from([visit(&*machine).await.random]);
+    let (mut dirty, mut held, mut worst) = (Vec::new(), Vec::new(), 0);
+    for cycle in 1..=cycles {
+        dirty.push(suspend(machine).await.dirty_bytes);
+        machine = bench.engine.launch(bench.spec("one", &snapshot, LaunchSource::Suspended, cycle + 1)).await.unwrap();
+        let now = visit(&*machine).await;
+        assert_eq!((u64::from(now.memory), now.generation), (cycle + 1, cycle + 1));
+        worst = worst.max(now.clock_error());
+        assert!(randoms.insert(now.random), "random bytes came twice");
+        held.push(holdings());
+    }
+    machine.kill().await;
+    eprintln!(
+        "clock off by {} us at most, dirty kB {:?}, held {:?}",
+        worst / 1000,
+        dirty.iter().map(|bytes| bytes >> 10).collect::<Vec<_>>(),
+        held
+    );
     bench.end().await;
 }
 
