@@ -26,8 +26,8 @@ use crate::{
     boot::{Machine, ROOTFS},
     cgroup, connections, copy, dial, exec,
     freezer::Freezer,
-    hook,
     generation::{self, Counter},
+    hook,
     identity::{self, Names},
     listen::Watch,
     logs::Logs,
@@ -143,10 +143,15 @@ impl Guest {
             self.tell_failure(trim::trim(touched));
         }
         *marker = answer;
-        let written = timeout(MARKER_DEADLINE, port.clone().write_all(marker)).await;
-        // The host that wanted the application to stand still is gone, and nothing has happened to the machine.
-        let unread = |guest: &Self| guest.tell_failure(guest.freezer.thaw());
-        written.map_err(|_| SessionError::MarkerUnread).and_then(|written| Ok(written?)).inspect_err(|_| unread(self))
+        let answered = match timeout(MARKER_DEADLINE, port.clone().write_all(marker)).await {
+            Ok(written) => written.map_err(SessionError::from),
+            Err(_) => Err(SessionError::MarkerUnread),
+        };
+        if answered.is_err() {
+            // The host that wanted the application to stand still is gone, and nothing has happened to the machine.
+            self.tell_failure(self.freezer.thaw());
+        }
+        answered
     }
 
     /// Serves the host until `Detach`. The application is frozen then.
