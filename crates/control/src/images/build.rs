@@ -7,7 +7,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use hearth_build::{BuildRequest, Built, ImageConfig};
@@ -202,7 +202,6 @@ impl Pipeline {
     }
 
     async fn boot(&self, work: &Path, rootfs: PathBuf) -> Result<Box<dyn Machine>, String> {
-        let spec = &self.job.spec;
         let egress = self.egress().await?;
         let shape = self.shape()?;
         self.say(format!("Booting with {} MiB of memory and {} vCPU.", shape.memory_mib, shape.vcpus)).await;
