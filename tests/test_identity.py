@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -122,6 +123,13 @@ def guests(own, image_arn):
     yield guests
     for guest in guests.values():
         guest.terminate()
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    """Stands for an AWS account: a server with a user, and a role that the user may assume."""
+    with support.serving() as server:
+        yield server
 
 
 @pytest.fixture
@@ -247,3 +255,46 @@ def test_images_say_where_the_api_is(guests):
     for service in ("LAMBDA_MICROVMS", "LAMBDA_CORE", "STS", "CLOUDWATCH_LOGS", "S3"):
         assert environment[f"AWS_ENDPOINT_URL_{service}"] == API
     assert environment["AWS_REGION"] == "us-east-1" and "AWS_ACCESS_KEY_ID" not in environment
+
+
+def test_credentials_of_another_account_s_role_come_from_its_token_service(cloud, tmp_path):
+    def document(name: str, statement: dict) -> str:
+        path = tmp_path / name
+        path.write_text(json.dumps({"Version": "2012-10-17", "Statement": statement}))
+        return str(path)
+
+    trust = document("trust", {"Effect": "Allow", "Principal": {"AWS": ACCOUNT}, "Action": "sts:AssumeRole"})
+    everything = document("policy", {"Effect": "Allow", "Action": "s3:*", "Resource": "*"})
+    assumes = document("assumes", {"Effect": "Allow", "Action": "sts:AssumeRole", "Resource": arn("theirs")})
+    assert cloud.hearth("iam", "role", "create", "theirs", "--trust", trust, "--policy", everything).returncode == 0
+    keys = dict(re.findall(r"(AWS_\w+)=(\S+)", cloud.hearth("iam", "user", "create", "operator", "--policy", assumes).stdout))
+    profiles = tmp_path / "credentials"
+    profiles.write_text(
+        f"[hearth]\naws_access_key_id = {keys['AWS_ACCESS_KEY_ID']}\naws_secret_access_key = {keys['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    config = f'[roles.aws]\nprofile = "hearth"\nendpoint = "{cloud.connect["api"]}"\n'
+    with support.serving(config, env=os.environ | {"AWS_SHARED_CREDENTIALS_FILE": str(profiles)}) as here:
+        image = support.create_image(here, "identity", support.upload(here, "identity.zip", artifact()))["imageArn"]
+        support.wait_image(here, image, "CREATED")
+        guest, refused = (
+            Guest(here, here.microvms.run_microvm(imageIdentifier=image, executionRoleArn=arn(role))) for role in ("theirs", "nobody-s")
+        )
+        guest.wait("RUNNING")
+        credentials = guest.credentials()
+        sts = cloud.client(
+            "sts",
+            aws_access_key_id=credentials["AccessKeyId"],
+            aws_secret_access_key=credentials["SecretAccessKey"],
+            aws_session_token=credentials["Token"],
+        )
+        assert sts.get_caller_identity()["Arn"] == f"arn:aws:sts::{ACCOUNT}:assumed-role/theirs/{guest.id}"
+        # Nothing sends these credentials to a server that does not know them.
+        assert not [name for name in guest.http("/environment").json() if name.startswith("AWS_ENDPOINT_URL")]
+        refused.wait("RUNNING")
+        assert refused.credentials()["Code"] == "AssumeRoleUnauthorizedAccess"
+        assert "AccessDenied" in here.log()
+        # What is not switched on is not there.
+        assert guest.metadata("/latest/hearth/suspend", "PUT")["status"] == 404
+        for microvm in (guest, refused):
+            microvm.terminate()
+            microvm.wait("TERMINATED")

@@ -47,6 +47,7 @@ use model::{MODEL, NoRoute};
 use sigv4::Claims;
 
 pub use auth::Auth;
+pub use sigv4::{Signing, sign};
 
 /// Longest body of a request that is not for S3, in bytes.
 const MAX_BODY: usize = 1 << 20;

@@ -6,7 +6,11 @@
 
 use std::time::{Duration, SystemTime};
 
-use http::{HeaderMap, HeaderName, header::AUTHORIZATION, request::Parts};
+use http::{
+    HeaderMap, HeaderName, HeaderValue,
+    header::{AUTHORIZATION, InvalidHeaderValue},
+    request::Parts,
+};
 use ring::{digest, hmac};
 use time::{OffsetDateTime, PrimitiveDateTime, format_description::BorrowedFormatItem, macros::format_description};
 
@@ -111,11 +115,14 @@ impl<'r> Claims<'r> {
             return Err(SignatureError::Scope(format!("There were headers present in the request which were not signed: {name}")));
         }
 
-        let canonical = canonical_request(parts, self.signed_headers, body);
-        let text =
-            format!("{ALGORITHM}\n{timestamp}\n{}\n{}", self.scope, hex(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref()));
+        let text = self.string_to_sign(parts, body, timestamp);
         let signature = unhex(self.signature).ok_or(SignatureError::Mismatch)?;
         hmac::verify(&self.signing_key(secret), text.as_bytes(), &signature).map_err(|_| SignatureError::Mismatch)
+    }
+
+    fn string_to_sign(&self, parts: &Parts, body: &[u8], timestamp: &str) -> String {
+        let canonical = canonical_request(parts, self.signed_headers, body);
+        format!("{ALGORITHM}\n{timestamp}\n{}\n{}", self.scope, hex(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref()))
     }
 
     fn check_date(&self, timestamp: &str, now: OffsetDateTime, skew: Duration) -> Result<(), SignatureError> {
@@ -156,6 +163,39 @@ impl<'r> Claims<'r> {
             .iter()
             .fold(key(format!("AWS4{secret}").as_bytes()), |k, part| key(hmac::sign(&k, part.as_bytes()).as_ref()))
     }
+}
+
+/// What a request is signed with.
+#[derive(Clone, Copy)]
+pub struct Signing<'k> {
+    pub access_key_id: &'k str,
+    pub secret_access_key: &'k str,
+    /// Of temporary credentials.
+    pub session_token: Option<&'k str>,
+    pub region: &'k str,
+    /// For example `sts`.
+    pub service: &'k str,
+}
+
+/// Signs a request to another server: all headers that it has, `Host` among them, and the date and the token, which are added.
+pub fn sign(parts: &mut Parts, body: &[u8], signing: Signing<'_>, now: SystemTime) -> Result<(), InvalidHeaderValue> {
+    let Signing { access_key_id, secret_access_key, session_token, region, service } = signing;
+    let timestamp = OffsetDateTime::from(now).format(BASIC_FORMAT).unwrap_or_default();
+    parts.headers.insert(AMZ_DATE, HeaderValue::from_str(&timestamp)?);
+    if let Some(token) = session_token {
+        parts.headers.insert(SECURITY_TOKEN, HeaderValue::from_str(token)?);
+    }
+    let mut names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
+    names.sort_unstable();
+    let signed_headers = names.join(";");
+    let date = timestamp.split('T').next().unwrap_or_default();
+    let scope = format!("{date}/{region}/{service}/aws4_request");
+    let claims = Claims { access_key_id, region, service, date, scope: &scope, signed_headers: &signed_headers, signature: "" };
+    let signature = hmac::sign(&claims.signing_key(secret_access_key), claims.string_to_sign(parts, body, &timestamp).as_bytes());
+    let signature = hex(signature.as_ref());
+    let value = format!("{ALGORITHM} Credential={access_key_id}/{scope}, SignedHeaders={signed_headers}, Signature={signature}");
+    parts.headers.insert(AUTHORIZATION, HeaderValue::from_str(&value)?);
+    Ok(())
 }
 
 fn canonical_request(parts: &Parts, signed_headers: &str, body: &[u8]) -> String {
@@ -288,6 +328,26 @@ mod tests {
     #[test]
     fn the_published_example_verifies() {
         assert_eq!(verify(&published(PUBLISHED), b"", SECRET, "20150830T123600Z"), Ok(()));
+    }
+
+    #[test]
+    fn what_is_signed_here_is_what_was_published() {
+        let signing = Signing {
+            access_key_id: "AKIDEXAMPLE",
+            secret_access_key: SECRET,
+            session_token: None,
+            region: "us-east-1",
+            service: "service",
+        };
+        let mut request = parts(Request::get("/?Param2=value2&Param1=value1").header("host", "example.amazonaws.com"));
+        sign(&mut request, b"", signing, at("20150830T123600Z")).unwrap();
+        assert_eq!(request.headers, published(PUBLISHED).headers);
+
+        let mut request = parts(Request::post("/").header("host", "sts.amazonaws.com").header("content-type", "text/plain"));
+        sign(&mut request, b"Action=x", Signing { session_token: Some("token"), ..signing }, at("20150830T123600Z")).unwrap();
+        assert_eq!(request.headers[SECURITY_TOKEN], "token");
+        assert_eq!(verify(&request, b"Action=x", SECRET, "20150830T123600Z"), Ok(()));
+        assert_eq!(verify(&request, b"Action=y", SECRET, "20150830T123600Z"), Err(SignatureError::Mismatch));
     }
 
     #[test]

@@ -36,7 +36,7 @@ use hearth_machine::network::Links;
 use serde::{Deserialize, Deserializer, de};
 
 pub use endpoints::EndpointsConfig;
-pub use guests::{ExtensionsConfig, RolesConfig};
+pub use guests::{AwsConfig, ExtensionsConfig, RolesConfig};
 pub use machines::{ActivityConfig, CapacityConfig, GuestSize};
 pub use quotas::{ConnectorConfig, QuotasConfig};
 pub use tls::TlsConfig;

@@ -1,5 +1,8 @@
 //! Where the credentials of MicroVMs' execution roles and of build roles come from: this server's own roles, or an AWS account.
 
+mod aws;
+mod keys;
+
 use std::{
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -8,6 +11,8 @@ use std::{
 use async_trait::async_trait;
 use hearth_control::roles::{Credentials, RoleError, Roles};
 use hearth_identity::{Directory, SessionError};
+
+pub use aws::AwsRoles;
 
 /// Roles that this server keeps.
 pub struct OwnRoles {

@@ -16,7 +16,7 @@ use anyhow::Context;
 use futures::FutureExt;
 use hearth_api::Auth;
 use hearth_build::{Builder, BuilderConfig};
-use hearth_control::{Control, Deps, GuestSettings, Settings, logs::LogStore, token::Keyring, types::Caller};
+use hearth_control::{Control, Deps, GuestSettings, Settings, roles::Roles, logs::LogStore, token::Keyring, types::Caller};
 use hearth_identity::Directory;
 use hearth_ingress::{IngressConfig, LocalCa};
 use hearth_machine::{
@@ -44,7 +44,7 @@ use crate::{
     doctor,
     iam::{self, ObjectPrincipals},
     ports::{self, Ports},
-    roles::OwnRoles,
+    roles::{AwsRoles, OwnRoles},
     verbs::env,
 };
 
@@ -181,6 +181,7 @@ impl Server {
             accelerator,
         } = prepared;
         let first = credentials.first().context("there are no credentials")?;
+        let roles = roles(&config, &principals)?;
         let engine = engine(&config, &dir, kit, accelerator).await?;
         let logs = LogStore::new(dir.logs(), config.log_retention());
         let deps = Deps {
@@ -190,7 +191,7 @@ impl Server {
             objects: Arc::new(objects.clone()),
             logs: Arc::clone(&logs),
             keyring: Arc::new(keyring),
-            roles: Arc::new(OwnRoles { directory: Arc::clone(&principals), lifetime: config.roles.lifetime() }),
+            roles,
             settings: Settings { guests: guests(&config, &listeners), ..settings(&config, &dir) },
         };
         let control = match Control::start(deps).await {
@@ -337,10 +338,19 @@ fn settings(config: &ServeConfig, dir: &DataDir) -> Settings {
     }
 }
 
+fn roles(config: &ServeConfig, directory: &Arc<Directory>) -> anyhow::Result<Arc<dyn Roles>> {
+    let lifetime = config.roles.lifetime();
+    Ok(match &config.roles.aws {
+        Some(aws) => Arc::new(AwsRoles::new(aws.clone(), lifetime)?),
+        None => Arc::new(OwnRoles { directory: Arc::clone(directory), lifetime }),
+    })
+}
+
 fn guests(config: &ServeConfig, listeners: &Listeners) -> GuestSettings {
     GuestSettings {
         api: listeners.api.local_addr().ok().map(reachable),
-        names_api: config.roles.endpoint_variables,
+        // AWS's credentials mean nothing here.
+        names_api: config.roles.endpoint_variables && config.roles.aws.is_none(),
         self_suspend: config.extensions.self_suspend,
     }
 }
