@@ -138,7 +138,7 @@ impl AwsRoles {
             let status = response.status();
             let body = Limited::new(response.into_body(), LONGEST).collect().await;
             let body = body.map_err(|error| CallError::Transport(chain(error.as_ref())))?;
-            Ok((status, String::from_utf8_lossy(&body.to_bytes()).into_owned()))
+            Ok::<_, CallError>((status, String::from_utf8_lossy(&body.to_bytes()).into_owned()))
         };
         let (status, text) = tokio::time::timeout(DEADLINE, exchange).await.map_err(|_| CallError::Late)??;
         if status.is_success() { credentials(&text, now) } else { Err(refusal(status, &text)) }
