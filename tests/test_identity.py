@@ -137,6 +137,7 @@ def runner(guests):
     return guests["runner"]
 
 
+@pytest.mark.compat("guest.metadata-token")
 def test_the_metadata_service_wants_a_token_that_was_put_from_here(runner):
     for headers in ({}, {"x_aws_ec2_metadata_token": "guessed"}):
         for path in (CREDENTIALS, CREDENTIALS + "execution_role", "/latest/meta-data/", "/"):
@@ -152,6 +153,7 @@ def test_the_metadata_service_wants_a_token_that_was_put_from_here(runner):
     assert runner.http("/hold-port-80").text == "held", "port 80 stays the app's"
 
 
+@pytest.mark.compat("guest.metadata")
 def test_it_tells_what_an_instance_s_does(runner):
     assert runner.metadata("/latest/meta-data/")["body"].split() == ["iam/", "placement/"]
     assert runner.metadata("/latest/meta-data/placement/region")["body"] == "us-east-1"
@@ -164,6 +166,7 @@ def test_it_tells_what_an_instance_s_does(runner):
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", credentials[member])
 
 
+@pytest.mark.compat("guest.api")
 def test_an_sdk_that_is_told_nothing_runs_microvms_with_the_role(runner, image_arn):
     me = runner.sdk("sts", "get_caller_identity")
     assert me.get("Arn") == f"arn:aws:sts::{ACCOUNT}:assumed-role/runner/{runner.id}", me
@@ -175,6 +178,7 @@ def test_an_sdk_that_is_told_nothing_runs_microvms_with_the_role(runner, image_a
     assert runner.sdk("lambda-microvms", "terminate_microvm", microvmIdentifier=child["microvmId"]) == {}
 
 
+@pytest.mark.compat("guest.own-role")
 def test_each_has_its_own_role_and_no_other_s(guests):
     runner, reader = guests["runner"], guests["reader"]
     assert reader.sdk("sts", "get_caller_identity")["Arn"].endswith(f"assumed-role/reader/{reader.id}")
@@ -188,6 +192,7 @@ def test_each_has_its_own_role_and_no_other_s(guests):
     assert reader.metadata(CREDENTIALS + "runner")["status"] == 404
 
 
+@pytest.mark.compat("guest.no-role")
 def test_without_a_role_there_is_nothing_to_be_had(guests):
     nobody = guests[None]
     assert nobody.metadata("/latest/meta-data/")["body"].split() == ["placement/"]
@@ -197,6 +202,7 @@ def test_without_a_role_there_is_nothing_to_be_had(guests):
     assert "error" in nobody.ask("/", base=API), "the API is not reached"
 
 
+@pytest.mark.compat("guest.credentials")
 def test_credentials_are_renewed_in_time_and_after_a_sleep(runner):
     first = runner.credentials()
     renewed = support.eventually(
@@ -226,6 +232,7 @@ def still_good(server, credentials: dict) -> bool:
         return False
 
 
+@pytest.mark.compat("guest.self-suspend")
 def test_an_app_may_suspend_itself_where_the_operator_allows_it(own, image_arn):
     guest = Guest(own, own.microvms.run_microvm(imageIdentifier=image_arn, idlePolicy=support.idle_policy()))
     guest.wait("RUNNING")
@@ -241,6 +248,7 @@ def test_an_app_may_suspend_itself_where_the_operator_allows_it(own, image_arn):
     guest.terminate()
 
 
+@pytest.mark.compat("logs.role")
 def test_logs_are_shown_as_the_role_allows_and_kept_in_any_case(own, guests):
     logs = own.client("logs")
     shown = [stream["logStreamName"] for stream in logs.describe_log_streams(logGroupName="/aws/lambda-microvms/identity")["logStreams"]]
@@ -257,6 +265,7 @@ def test_images_say_where_the_api_is(guests):
     assert environment["AWS_REGION"] == "us-east-1" and "AWS_ACCESS_KEY_ID" not in environment
 
 
+@pytest.mark.compat("guest.aws-account")
 def test_credentials_of_another_account_s_role_come_from_its_token_service(cloud, tmp_path):
     def document(name: str, statement: dict) -> str:
         path = tmp_path / name

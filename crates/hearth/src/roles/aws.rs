@@ -115,7 +115,8 @@ impl AwsRoles {
             ("RoleSessionName", session_name),
             ("DurationSeconds", &seconds_wanted),
         ];
-        let form: Vec<String> = form.iter().map(|(name, value)| format!("{name}={}", utf8_percent_encode(value, NON_ALPHANUMERIC))).collect();
+        let form: Vec<String> =
+            form.iter().map(|(name, value)| format!("{name}={}", utf8_percent_encode(value, NON_ALPHANUMERIC))).collect();
         let body = form.join("&");
         let host = self.endpoint.authority().map(|authority| authority.as_str()).unwrap_or_default();
         let request = Request::post(self.endpoint.clone())
@@ -177,7 +178,9 @@ impl Roles for AwsRoles {
     async fn assume(&self, role_arn: &str, session_name: &str) -> Result<Credentials, RoleError> {
         let told = |error: &CallError| format!("AssumeRole of {role_arn} at {}: {error}", self.endpoint);
         self.call(role_arn, session_name).await.map_err(|error| match &error {
-            CallError::Refused { code, .. } if matches!(code.as_str(), "AccessDenied" | "ValidationError") => RoleError::Refused(told(&error)),
+            CallError::Refused { code, .. } if matches!(code.as_str(), "AccessDenied" | "ValidationError") => {
+                RoleError::Refused(told(&error))
+            }
             _ => RoleError::Failed(told(&error)),
         })
     }

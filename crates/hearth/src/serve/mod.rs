@@ -16,7 +16,7 @@ use anyhow::Context;
 use futures::FutureExt;
 use hearth_api::Auth;
 use hearth_build::{Builder, BuilderConfig};
-use hearth_control::{Control, Deps, GuestSettings, Settings, roles::Roles, logs::LogStore, token::Keyring, types::Caller};
+use hearth_control::{Control, Deps, GuestSettings, Settings, logs::LogStore, roles::Roles, token::Keyring, types::Caller};
 use hearth_identity::Directory;
 use hearth_ingress::{IngressConfig, LocalCa};
 use hearth_machine::{
