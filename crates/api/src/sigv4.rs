@@ -268,25 +268,6 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
     (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
 }
 
-/// Signs a request as clients do.
-#[cfg(test)]
-pub(crate) fn sign(parts: &mut Parts, body: &[u8], access_key_id: &str, secret: &str, region: &str, service: &str, now: SystemTime) {
-    let timestamp = OffsetDateTime::from(now).format(BASIC_FORMAT).unwrap();
-    parts.headers.insert(AMZ_DATE, timestamp.parse().unwrap());
-    let mut names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
-    names.sort_unstable();
-    let signed_headers = names.join(";");
-    let scope = format!("{}/{region}/{service}/aws4_request", &timestamp[..8]);
-    let canonical = canonical_request(parts, &signed_headers, body);
-    let digest = hex(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref());
-    let claims =
-        Claims { access_key_id, region, service, date: &timestamp[..8], scope: &scope, signed_headers: &signed_headers, signature: "" };
-    let signature = hmac::sign(&claims.signing_key(secret), format!("{ALGORITHM}\n{timestamp}\n{scope}\n{digest}").as_bytes());
-    let header =
-        format!("{ALGORITHM} Credential={access_key_id}/{scope}, SignedHeaders={signed_headers}, Signature={}", hex(signature.as_ref()));
-    parts.headers.insert(AUTHORIZATION, header.parse().unwrap());
-}
-
 #[cfg(test)]
 mod tests {
     use http::Request;

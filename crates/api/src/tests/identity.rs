@@ -20,6 +20,13 @@ struct Keys {
     token: Option<String>,
 }
 
+impl Keys {
+    /// The token is in the request already.
+    fn signing<'k>(&'k self, region: &'k str, service: &'k str) -> sigv4::Signing<'k> {
+        sigv4::Signing { access_key_id: &self.id, secret_access_key: &self.secret, session_token: None, region, service }
+    }
+}
+
 struct World {
     server: Server,
     directory: Arc<Directory>,
@@ -48,7 +55,7 @@ impl World {
             None => request,
         };
         let (mut parts, ()) = request.header("host", "hearth.test").body(()).unwrap().into_parts();
-        sigv4::sign(&mut parts, body.as_bytes(), &keys.id, &keys.secret, "us-east-1", service, SystemTime::now());
+        sigv4::sign(&mut parts, body.as_bytes(), keys.signing("us-east-1", service), SystemTime::now()).unwrap();
         self.server.send(Request::from_parts(parts, Body::from(body))).await
     }
 
@@ -58,7 +65,7 @@ impl World {
         let token = keys.token.as_ref();
         let request = token.into_iter().fold(request, |request, token| request.header("x-amz-security-token", token));
         let (mut parts, ()) = request.header("host", "hearth.test").body(()).unwrap().into_parts();
-        sigv4::sign(&mut parts, form.as_bytes(), &keys.id, &keys.secret, "eu-central-1", "sts", SystemTime::now());
+        sigv4::sign(&mut parts, form.as_bytes(), keys.signing("eu-central-1", "sts"), SystemTime::now()).unwrap();
         let request = Request::from_parts(parts, Body::from(form.to_owned()));
         let response = self.server.router.clone().oneshot(request).await.unwrap();
         let status = response.status().as_u16();
