@@ -9,6 +9,8 @@ mod base;
 mod builder;
 mod config;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod lines;
 mod process;
 mod storage;

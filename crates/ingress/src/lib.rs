@@ -24,6 +24,8 @@ mod client;
 mod credentials;
 mod error;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod headers;
 mod host;
 mod limits;

@@ -10,7 +10,7 @@ use std::{fmt, path::PathBuf};
 use hearth_ingress::certificate_der;
 
 pub use self::nss::{databases, trust as trust_browser, undo as undo_browser};
-pub use self::system::{Store, find as find_store};
+pub use self::system::find as find_store;
 
 /// The certificate to trust.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -102,11 +102,12 @@ impl Endpoint {
     }
 
     async fn tls(&self) -> anyhow::Result<TlsStream<TcpStream>> {
-        let ca = &self.connect.ca;
+        // The endpoint's certificate may be the operator's, so all authorities of the host count.
+        let bundle = self.client.dir().ca_bundle();
         let mut roots = RootCertStore::empty();
-        for certificate in CertificateDer::pem_file_iter(ca).with_context(|| format!("reading {}", ca.display()))? {
-            roots.add(certificate.with_context(|| format!("reading {}", ca.display()))?)?;
-        }
+        let certificates = CertificateDer::pem_file_iter(&bundle).with_context(|| format!("reading {}", bundle.display()))?;
+        // Some hosts have authorities that are none to rustls.
+        roots.add_parsable_certificates(certificates.filter_map(Result::ok));
         let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots)
