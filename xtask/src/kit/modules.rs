@@ -17,6 +17,7 @@ pub const WANTED: &[&str] = &[
     "tcp_diag",
     "overlay",
     "fuse",
+    "loop",
 ];
 
 /// Files of the wanted modules and their dependencies, each after those it depends on; paths are relative to the kernel's module directory.

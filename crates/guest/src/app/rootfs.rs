@@ -13,7 +13,7 @@ use super::container::{ContainerError, kernel};
 use crate::{boot::ROOTFS, generation};
 
 /// Docker's masked and read-only paths: files that tell about or change the machine rather than the container.
-const MASKED: [&str; 9] = [
+const MASKED: [&str; 11] = [
     "/proc/acpi",
     "/proc/asound",
     "/proc/interrupts",
@@ -21,13 +21,21 @@ const MASKED: [&str; 9] = [
     "/proc/keys",
     "/proc/latency_stats",
     "/proc/sched_debug",
+    "/proc/scsi",
     "/proc/timer_list",
+    "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Name, major and minor number of the character devices every container has.
 const DEVICES: [(&str, u64, u64); 6] = [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+/// Major and minor numbers of what a container with every capability has as well, for file systems of its own.
+const FUSE: (u64, u64) = (10, 229);
+const LOOP_CONTROL: (u64, u64) = (10, 237);
+const LOOP_MAJOR: u64 = 7;
+/// Block devices that the kernel's loop driver makes by itself.
+const LOOPS: u64 = 8;
 const LINKS: [(&str, &str); 5] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
@@ -61,10 +69,15 @@ pub fn enter(privileged: bool) -> Result<(), ContainerError> {
 fn populate_dev(dev: &Path, plain: MsFlags, privileged: bool) -> Result<(), ContainerError> {
     let previous = umask(Mode::empty());
     attach("tmpfs", dev, MsFlags::MS_NOSUID | MsFlags::MS_STRICTATIME, Some("mode=755,size=64m"))?;
-    let fuse = privileged.then_some(("fuse", 10, 229));
-    for (name, major, minor) in DEVICES.into_iter().chain(fuse) {
-        mknod(&dev.join(name), SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))
-            .map_err(|error| ContainerError::Kernel { doing: format!("making /dev/{name}"), error })?;
+    for (name, major, minor) in DEVICES {
+        make_device(dev, name, SFlag::S_IFCHR, 0o666, (major, minor))?;
+    }
+    if privileged {
+        make_device(dev, "fuse", SFlag::S_IFCHR, 0o666, FUSE)?;
+        make_device(dev, "loop-control", SFlag::S_IFCHR, 0o660, LOOP_CONTROL)?;
+        for minor in 0..LOOPS {
+            make_device(dev, &format!("loop{minor}"), SFlag::S_IFBLK, 0o660, (LOOP_MAJOR, minor))?;
+        }
     }
     for (name, target) in LINKS {
         symlinkat(target, AT_FDCWD, &dev.join(name))
@@ -80,6 +93,11 @@ fn populate_dev(dev: &Path, plain: MsFlags, privileged: bool) -> Result<(), Cont
     bind_read_only(Path::new(generation::DIRECTORY), &hearth)?;
     umask(previous);
     Ok(())
+}
+
+fn make_device(dev: &Path, name: &str, kind: SFlag, mode: u32, (major, minor): (u64, u64)) -> Result<(), ContainerError> {
+    mknod(&dev.join(name), kind, Mode::from_bits_truncate(mode), makedev(major, minor))
+        .map_err(|error| ContainerError::Kernel { doing: format!("making /dev/{name}"), error })
 }
 
 /// Covers Docker's masked paths and makes its read-only paths so. A kernel that lacks a path needs nothing.
