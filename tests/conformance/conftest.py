@@ -22,7 +22,6 @@ COUNTS = {"constraints": 0, "properties": 0, "examples": 0}
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "compat(*ids): rows of COMPATIBILITY.md that this test proves")
     # Every boto3 client of the run is made by the default session.
     boto3.setup_default_session()
     boto3.DEFAULT_SESSION.events.register("after-call", WITNESS.note)
