@@ -7,6 +7,7 @@ mod forward;
 mod http2;
 mod limits;
 mod refuse;
+mod shell;
 mod stop;
 mod support;
 mod tls;

@@ -197,6 +197,10 @@ impl Endpoint {
         self.plane.keyring.mint(Claims::http(vm, ports, SystemTime::now(), lifetime))
     }
 
+    pub fn shell_token(&self) -> String {
+        self.plane.keyring.mint(Claims::shell(VM, SystemTime::now(), Duration::from_secs(60)))
+    }
+
     pub fn auth(&self) -> String {
         format!("x-aws-proxy-auth: {}", self.token())
     }
