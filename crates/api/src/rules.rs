@@ -54,10 +54,15 @@ fn memory(input: &SpecInput) -> Result<u32, ApiError> {
 fn check_hooks(input: &SpecInput) -> Result<(), ApiError> {
     let enabled = |group: &str, hook: &str| input.hooks.as_ref().is_some_and(|hooks| hooks[group][hook] == "ENABLED");
     let lifecycle = ["run", "resume", "suspend", "terminate"].iter().any(|hook| enabled("microvmHooks", hook));
+    let build = ["ready", "validate"].iter().any(|hook| enabled("microvmImageHooks", hook));
     if lifecycle && !enabled("microvmImageHooks", "ready") {
         return Err(ApiError::validation(
             "The ready (/ready) MicroVM image hook must be enabled when any MicroVM lifecycle hook (run, resume, suspend, or terminate) is enabled.",
         ));
+    }
+    // There is no default (SPEC 8.1), and nobody has recorded what is said without one.
+    if (lifecycle || build) && input.hooks.as_ref().is_none_or(|hooks| hooks["port"].is_null()) {
+        return Err(ApiError::validation("The hooks port must be specified when any hook is enabled."));
     }
     Ok(())
 }

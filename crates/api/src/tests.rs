@@ -521,6 +521,11 @@ async fn requests_that_break_a_rule_are_refused_with_the_service_s_words() {
         (images, create("environmentVariables", json!({"AWS_REGION": "x"})), "Environment variable key 'AWS_REGION' is reserved"),
         (images, create("resources", json!([{"minimumMemoryInMiB": 3000}])), memory),
         (images, create("hooks", json!({"microvmHooks": {"suspend": "ENABLED"}})), lifecycle),
+        (
+            images,
+            create("hooks", json!({"microvmImageHooks": {"validate": "ENABLED"}})),
+            "The hooks port must be specified when any hook is enabled.",
+        ),
         (images, create("egressNetworkConnectors", json!(["internet"])), "Malformed network connector ARN"),
         ("/2025-09-09/microvms", json!({"imageIdentifier": "demo"}), "Malformed ARN - doesn't start with 'arn:'"),
         ("/2025-09-09/microvms", run("logging", json!({"cloudWatch": {}})), "Logging cannot be enabled without providing executionRoleArn"),

@@ -80,8 +80,12 @@ pub enum HookAnswer {
     Reply(HookReply),
     /// Nothing until its time is over.
     Hang,
+    /// 200, after a while.
+    Slow(Duration),
     /// The app exits with this code and the connection breaks.
     Exit(i32),
+    /// 503, and then the app exits with this code.
+    ExitLater(i32),
     /// The machine dies.
     Die,
 }
@@ -370,6 +374,15 @@ impl Dial for FakeDial {
             HookAnswer::Hang => {
                 tokio::time::sleep(limit).await;
                 Ok(HookReply::TimedOut)
+            }
+            HookAnswer::Slow(time) => {
+                tokio::time::sleep(time).await;
+                Ok(HookReply::Status(200))
+            }
+            HookAnswer::ExitLater(code) => {
+                let (engine, id) = (Arc::clone(&self.engine), self.id.clone());
+                tokio::spawn(async move { engine.say(&id, exited(code)).await });
+                Ok(HookReply::Status(503))
             }
             HookAnswer::Exit(code) => {
                 // The connection breaks before anybody has noticed why.

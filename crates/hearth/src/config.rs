@@ -87,6 +87,8 @@ pub struct ServeConfig {
     pub ready_timeout_seconds: u32,
     /// Longest time that a request to an endpoint is held while its MicroVM wakes, in seconds. 60.
     pub wake_timeout_seconds: u32,
+    /// Longest time that the app of a MicroVM that is terminated may take to end after its stop signal, in seconds; 0 kills it at once. 2.
+    pub stop_grace_seconds: u32,
     /// Time that terminated MicroVMs stay in lists, in seconds. 86400, a day.
     pub terminated_retention_seconds: u32,
     /// What guests see of the size that their image asks for: `baseline`, that size, or `peak`, four times its memory and AWS's processors for
@@ -296,6 +298,7 @@ impl Default for ServeConfig {
             build_timeout_seconds: 1800,
             ready_timeout_seconds: 300,
             wake_timeout_seconds: 60,
+            stop_grace_seconds: 2,
             terminated_retention_seconds: 86_400,
             guest_size: GuestSize::Baseline,
             capacity: CapacityConfig::default(),
@@ -363,6 +366,11 @@ impl ServeConfig {
     pub fn egress_policies(&self) -> BTreeMap<String, EgressPolicy> {
         // A rule that is none was refused when the file was read.
         self.connectors.iter().filter_map(|(name, connector)| Some((name.clone(), connector.policy().ok()?))).collect()
+    }
+
+    /// How long an app may take to end after its stop signal.
+    pub fn stop_grace(&self) -> Duration {
+        Duration::from_secs(self.stop_grace_seconds.into())
     }
 
     /// How long terminated MicroVMs stay in lists.

@@ -221,4 +221,6 @@ pub(crate) async fn finish_delete(shared: &Shared, image: &Identity) -> Result<(
 }
 
 #[cfg(test)]
+mod hook_tests;
+#[cfg(test)]
 mod tests;

@@ -353,4 +353,6 @@ fn wakes(record: &Record) -> bool {
 }
 
 #[cfg(test)]
+mod hook_tests;
+#[cfg(test)]
 mod tests;

@@ -327,6 +327,7 @@ fn settings(config: &ServeConfig, dir: &DataDir) -> Settings {
         max_concurrent_builds: builds.unwrap_or(defaults.max_concurrent_builds),
         ready_timeout: config.ready_timeout(),
         wake_timeout: config.wake_timeout(),
+        stop_grace: config.stop_grace(),
         terminated_retention: config.terminated_retention(),
         capacity: config.capacity.into(),
         guest_size: config.guest_size.into(),
