@@ -107,10 +107,11 @@ def test_every_way_a_runtime_hook_can_end(server, static_image):
         ("run=500", [], failed("Run", "returned HTTP status 500")),
         ("run=404", [], failed("Run", "returned HTTP status 404")),
         ("run=hang", [], failed("Run", "timed out after PT5S")),
+        # Endless: whether the time or the room is over first is up to the machine's speed.
         ("run=stream", [], "Run lifecycle hook"),
+        ("run=headers", [], "Run lifecycle hook"),
         ("run=close", [], failed("Run", "returned no valid HTTP response")),
         ("run=garbage", [], failed("Run", "returned no valid HTTP response")),
-        ("run=headers", [], failed("Run", "returned no valid HTTP response")),
         ("run=exit", [], "Container Stopped with Exit Code: 7"),
         ("suspend=500", ["suspend"], failed("Suspend", "returned HTTP status 500")),
         ("suspend=hang", ["suspend"], failed("Suspend", "timed out after PT5S")),
@@ -133,8 +134,8 @@ def test_every_way_a_runtime_hook_can_end(server, static_image):
 
     with ThreadPoolExecutor(3) as pool:
         reasons = list(pool.map(live, cases))
-    for (plan, _, expected), reason in zip(cases, reasons, strict=True):
-        assert reason.startswith(expected), f"{plan}: {reason}"
+    seen = zip(cases, reasons, strict=True)
+    assert not [(plan, reason) for (plan, _, expected), reason in seen if not reason.startswith(expected)]
 
 
 @pytest.mark.compat("hook.build-failure", "hook.build-sizes")
