@@ -85,8 +85,9 @@ mod tests {
     use crate::dial::tests::stream_pair;
 
     /// A server that reads the whole request and then does something to the connection.
-    async fn server<F>(answer: impl FnOnce(TcpStream) -> F + Send + 'static) -> (u16, JoinHandle<String>)
+    async fn server<A, F>(answer: A) -> (u16, JoinHandle<String>)
     where
+        A: FnOnce(TcpStream) -> F + Send + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
