@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::{
     hooks::{self, Called, Hook, Hooks, iso_8601},
     logs::{LogLine, LogOrigin, LogWriter},
+    microvm::reason::app_exited,
     pump::Pump,
 };
 
@@ -56,7 +57,7 @@ impl Check<'_> {
                     self.say(format!("The {} hook's answer is not valid: {}", self.hook.name(), hooks::shorten(&reason))).await;
                     return Err(self.failed("the application did not return a valid HTTP response."));
                 }
-                Called::AppExited(status) => return Err(CheckError::App(format!("Container Stopped with Exit Code: {}", status.code))),
+                Called::AppExited(status) => return Err(CheckError::App(app_exited(status))),
                 Called::Died(reason) => return Err(CheckError::Machine(reason)),
             };
             if not_yet != last_said {
@@ -76,7 +77,7 @@ impl Check<'_> {
                 Ok(Some(MachineEvent::Listening(port))) if port == self.hooks.port() => return Ok(()),
                 Ok(Some(MachineEvent::Listening(_) | MachineEvent::DiskFailed { .. } | MachineEvent::Log(_))) => {}
                 Ok(Some(MachineEvent::AppExited(status))) => {
-                    return Err(CheckError::App(format!("Container Stopped with Exit Code: {}", status.code)));
+                    return Err(CheckError::App(app_exited(status)));
                 }
                 Ok(Some(MachineEvent::Died { reason })) => return Err(CheckError::Machine(reason)),
                 Ok(None) => return Err(CheckError::Machine("the machine's events ended".to_owned())),
