@@ -202,7 +202,8 @@ def test_hearth_shell_is_a_terminal(vm: Microvm):
         assert b"30 100" in expect(ours, b"first-2")
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 90, 0, 0))
         process.send_signal(signal.SIGWINCH)
-        eventually(lambda: os.write(ours, b"stty size\n") and b"50 90" in expect(ours, b"\r\n") + expect(ours, b"\r\n"), "the new size")
+        os.write(ours, b"until [ \"$(stty size)\" = '50 90' ]; do sleep 0.1; done; echo resized-$((1+1))\n")
+        expect(ours, b"resized-2")
         os.write(ours, b"exit 9\n")
         assert process.wait(PATIENCE) == 9
     with terminal(vm, "shell", vm.id, columns=80, rows=24) as (process, ours, theirs):
