@@ -62,6 +62,13 @@ def image(server: Server) -> Image:
     return Image(created["imageArn"], created, states, logs[-1])
 
 
+@pytest.fixture(scope="session")
+def world():
+    """The address of a web server outside this host."""
+    with support.world() as url:
+        yield url
+
+
 @pytest.fixture
 def microvms(server: Server):
     return server.microvms

@@ -2,7 +2,6 @@
 
 import ipaddress
 import subprocess
-import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -13,47 +12,7 @@ from urllib.request import urlopen
 import pytest
 
 import support
-
-# Addresses for documentation (RFC 5737): nobody's, so nothing outside this host is ever spoken to.
-NAMESPACE = "hearth-test-world"
-HOST_SIDE, WORLD_SIDE = "198.51.100.1", "198.51.100.2"
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, timeout=20)
-
-
-@pytest.fixture(scope="module")
-def world():
-    """A host of the world: a network namespace behind a veth, with a web server in it."""
-    ip("netns", "add", NAMESPACE)
-    try:
-        ip("link", "add", "hearthworld0", "type", "veth", "peer", "name", "eth0", "netns", NAMESPACE)
-        ip("addr", "add", f"{HOST_SIDE}/24", "dev", "hearthworld0")
-        ip("link", "set", "hearthworld0", "up")
-        ip("-n", NAMESPACE, "addr", "add", f"{WORLD_SIDE}/24", "dev", "eth0")
-        ip("-n", NAMESPACE, "link", "set", "eth0", "up")
-        ip("-n", NAMESPACE, "link", "set", "lo", "up")
-        code = f"""
-from http.server import *
-class Hello(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers(); self.wfile.write(b"hello from the world to " + self.client_address[0].encode())
-server = HTTPServer(("{WORLD_SIDE}", 8000), Hello)
-print("listening", flush=True)
-server.serve_forever()
-"""
-        command = ["ip", "netns", "exec", NAMESPACE, sys.executable, "-c", code]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        try:
-            assert process.stdout.readline() == "listening\n"
-            yield f"http://{WORLD_SIDE}:8000/"
-        finally:
-            process.kill()
-            process.wait(20)
-    finally:
-        subprocess.run(["ip", "link", "del", "hearthworld0"], timeout=20)
-        ip("netns", "del", NAMESPACE)
+from support import HOST_SIDE, WORLD_SIDE, ip
 
 
 @pytest.fixture(scope="module")
