@@ -100,6 +100,16 @@ def processes(vm: Microvm, pattern: str) -> str:
     return output(vm, "python3", "-c", look)
 
 
+def test_a_command_has_the_environment_of_the_app(vm: Microvm):
+    """SPEC 12."""
+    found = dict(line.split("=", 1) for line in output(vm, "env").splitlines())
+    assert found["HOME"] == "/root"
+    assert "/usr/bin" in found["PATH"].split(":")
+    assert found["AWS_LAMBDA_MICROVM_IMAGE_NAME"] == "flask-hello"
+    assert found["AWS_LAMBDA_MICROVM_IMAGE_VERSION"] == "1.0"
+    assert found["AWS_LAMBDA_MICROVM_IMAGE_ARN"] == vm.description["imageArn"]
+
+
 def test_the_services_shell(vm: Microvm):
     with open_shell(vm) as shell:
         assert shell.subprotocol == "lambda-microvms"
