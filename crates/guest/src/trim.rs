@@ -18,14 +18,20 @@ use nix::{
 /// How much memory is taken in one go, in bytes: much while there is much, then little, so that nearly all of it is found.
 const LARGE_STEP: u64 = 32 << 20;
 const SMALL_STEP: u64 = 256 << 10;
-/// Bytes that stay free: with less, the kernel begins to throw out mapped files, which clones would have to read again.
-const RESERVE: u64 = 6 << 20;
+/// Bytes that stay free: with less, the kernel begins to throw out mapped files, which clones would have to read again. It is more than the
+/// settings below have the kernel keep, so that something is left for what cannot wait.
+const RESERVE: u64 = 2 << 20;
 /// Bytes taken beyond those that have been used before. Memory is handed out in no order that tells the two apart, and what is taken is
 /// the host's memory until the snapshot has been written.
 const BEYOND: u64 = 2 << 30;
 
-/// How much of a zone is kept for those who can use no other memory. None of it, for a moment.
-const ZONE_RESERVES: &str = "/proc/sys/vm/lowmem_reserve_ratio";
+/// What the kernel keeps free: for those who can use no other zone, for those who cannot wait, and for time to find more. Little of it, for
+/// a moment.
+const RESERVES: [(&str, &str); 3] = [
+    ("/proc/sys/vm/lowmem_reserve_ratio", "0 0 0 0"),
+    ("/proc/sys/vm/min_free_kbytes", "512"),
+    ("/proc/sys/vm/watermark_scale_factor", "1"),
+];
 
 /// Memory could not be trimmed. The snapshot is larger than it could be.
 #[derive(Debug, thiserror::Error)]
@@ -48,11 +54,30 @@ pub fn trim(touched: u64) -> Result<(), TrimError> {
     nix::unistd::sync();
     // Clean pages of files that nobody maps, directory entries and inodes.
     set("/proc/sys/vm/drop_caches", "3")?;
-    let reserves = fs::read_to_string(ZONE_RESERVES).map_err(|error| TrimError::Setting { path: ZONE_RESERVES, error })?;
-    set(ZONE_RESERVES, "0 0 0 0")?;
+    let reserves = RESERVES.map(|(path, value)| Changed::new(path, value));
     let taken = take_free_memory(touched);
-    set(ZONE_RESERVES, &reserves)?;
+    for reserve in reserves {
+        reserve?.restore()?;
+    }
     Ok(taken?)
+}
+
+/// A setting of the kernel that has another value for a while.
+struct Changed {
+    path: &'static str,
+    before: String,
+}
+
+impl Changed {
+    fn new(path: &'static str, value: &str) -> Result<Self, TrimError> {
+        let before = fs::read_to_string(path).map_err(|error| TrimError::Setting { path, error })?;
+        set(path, value)?;
+        Ok(Self { path, before })
+    }
+
+    fn restore(self) -> Result<(), TrimError> {
+        set(self.path, &self.before)
+    }
 }
 
 fn take_free_memory(touched: u64) -> Result<(), Errno> {
