@@ -4,7 +4,7 @@
 //! The kernel hands out zeroed pages; taking the free memory and giving it back leaves zeros. The kernel could zero pages as they are freed
 //! (`init_on_free=1`), but would then touch all of the memory at every boot, and write to it on behalf of every clone.
 
-use std::{fs, io, num::NonZero, ptr::NonNull};
+use std::{fs, io, num::NonZero, path::Path, ptr::NonNull};
 
 use nix::{
     errno::Errno,
@@ -15,6 +15,8 @@ use nix::{
     },
 };
 
+use crate::cgroup;
+
 /// How much memory is taken in one go, in bytes: much while there is much, then little, so that nearly all of it is found.
 const LARGE_STEP: u64 = 32 << 20;
 const SMALL_STEP: u64 = 256 << 10;
@@ -24,6 +26,9 @@ const RESERVE: u64 = 2 << 20;
 /// Bytes taken beyond those that have been used before. Memory is handed out in no order that tells the two apart, and what is taken is
 /// the host's memory until the snapshot has been written.
 const BEYOND: u64 = 2 << 30;
+
+/// Bytes of mapped files that are given back.
+const MAPPED_FILES: u64 = 4 << 20;
 
 /// What the kernel keeps free: for those who can use no other zone, for those who cannot wait, and for time to find more. Little of it, for
 /// a moment.
@@ -54,12 +59,20 @@ pub fn trim(touched: u64) -> Result<(), TrimError> {
     nix::unistd::sync();
     // Clean pages of files that nobody maps, directory entries and inodes.
     set("/proc/sys/vm/drop_caches", "3")?;
+    reclaim_unused_files();
     let reserves = RESERVES.map(|(path, value)| Changed::new(path, value));
     let taken = take_free_memory(touched);
     for reserve in reserves {
         reserve?.restore()?;
     }
     Ok(taken?)
+}
+
+/// Gives back some pages of mapped files, those first that were read only because they lie beside others. A clone reads from its disk again
+/// what it needs of them.
+fn reclaim_unused_files() {
+    // The kernel says so when it found less. Then there was less to find.
+    let _ = fs::write(Path::new(cgroup::APP).join("memory.reclaim"), MAPPED_FILES.to_string());
 }
 
 /// A setting of the kernel that has another value for a while.
