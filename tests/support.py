@@ -413,7 +413,7 @@ from http.server import *
 class Hello(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers(); self.wfile.write(b"hello from the world to " + self.client_address[0].encode())
-server = HTTPServer(("{WORLD_SIDE}", 8000), Hello)
+server = ThreadingHTTPServer(("{WORLD_SIDE}", 8000), Hello)
 print("listening", flush=True)
 server.serve_forever()
 """
