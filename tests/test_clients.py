@@ -44,14 +44,25 @@ def blocks(count):
 """
 
 APP = f"""\
-import base64, hashlib, json, struct
+import base64, hashlib, json, struct, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from blocks import MIB, blocks
+
+left = threading.Event()
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def log_message(self, *arguments):
         pass
+    def endless(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b"10000\\r\\n" + bytes(65536) + b"\\r\\n")
+        except OSError:
+            left.set()
     def answer(self, body):
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -60,6 +71,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/socket":
             return self.echo()
+        if self.path == "/endless":
+            return self.endless()
+        if self.path == "/left":
+            seen = left.wait(30)
+            left.clear()
+            return self.answer(b"left" if seen else b"still there")
         if not self.path.startswith("/blocks/"):
             return self.answer(b"hello")
         count = int(self.path.rsplit("/", 1)[1])
@@ -182,6 +199,14 @@ class TestCurl:
             answer, _ = transfer.communicate(timeout=TRANSFER_SECONDS)
         assert transfer.returncode == 0
         assert json.loads(answer) == {"md5": sent.hexdigest(), "bytes": count * MIB}
+
+
+    @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+    def test_that_leaves_frees_the_app(self, server, microvm, token, url, version):
+        with subprocess.Popen(curl(server, token, version, f"{url}/endless"), stdout=subprocess.PIPE) as transfer:
+            transfer.stdout.read(MIB)
+            transfer.kill()
+        assert microvm.http("/left", token=token, port=PORT).text == "left"
 
 
 NODE = """\
