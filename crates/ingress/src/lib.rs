@@ -23,6 +23,7 @@ mod chain;
 mod client;
 mod credentials;
 mod error;
+mod exchange;
 mod files;
 #[doc(hidden)]
 pub mod fuzzing;

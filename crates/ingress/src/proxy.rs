@@ -22,6 +22,7 @@ use crate::{
     body::{Download, Upload},
     credentials::{Credentials, Offer},
     error::RequestError,
+    exchange::Exchange,
     headers, host,
     limits::{Limiter, Pace, Slots},
     linger::StillSending,
@@ -113,7 +114,7 @@ impl Proxy {
             speech.version = Version::Http1;
         }
         outbound::prepare(&mut request, &endpoint, speech, handshake, id);
-        let route = Route { admission: &admission, endpoint: &endpoint, pace };
+        let route = Route { admission: &admission, endpoint: &endpoint, pace, tunnel: handshake.is_some() };
         let (app, mut response) = self.exchange(&route, speech, request).await?;
 
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -172,7 +173,7 @@ impl Proxy {
     /// Holds the request until the MicroVM is awake. Dropped when the client leaves meanwhile.
     async fn connect(&self, route: &Route<'_>, speech: Speech) -> Result<App, RequestError> {
         let stream = self.plane.connect(route.admission).await?;
-        let stream = Metered::new(stream, route.admission.activity.clone(), route.pace.clone());
+        let stream = Exchange::new(Metered::new(stream, route.admission.activity.clone(), route.pace.clone()), route.tunnel);
         if !speech.tls {
             return App::begin(stream, speech.version).await;
         }
@@ -187,4 +188,6 @@ struct Route<'a> {
     admission: &'a Admission,
     endpoint: &'a str,
     pace: Option<Pace>,
+    /// The request asks for one.
+    tunnel: bool,
 }

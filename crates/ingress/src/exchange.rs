@@ -1,0 +1,77 @@
+//! A stream that carries one HTTP exchange: HTTP says by itself where a message ends, so its sending side is not ended before the stream is.
+//!
+//! hyper ends the sending side when a request is out. yamux resets only streams that are still open in both directions, so a client that
+//! left in the middle of an answer would then leave the application writing to nobody, for ever.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// The stream. Dropping it tells the other side.
+pub(crate) struct Exchange<S> {
+    stream: S,
+    /// It may become a tunnel, whose ends are passed on one by one.
+    tunnel: bool,
+}
+
+impl<S> Exchange<S> {
+    pub(crate) fn new(stream: S, tunnel: bool) -> Self {
+        Self { stream, tunnel }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Exchange<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Exchange<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.tunnel { Pin::new(&mut self.stream).poll_shutdown(cx) } else { self.poll_flush(cx) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn its_sending_side_ends_with_it() {
+        let (near, mut far) = tokio::io::duplex(64);
+        let mut exchange = Exchange::new(near, false);
+        exchange.write_all(b"request").await.unwrap();
+        exchange.shutdown().await.unwrap();
+        far.read_exact(&mut [0; 7]).await.unwrap();
+        assert!(futures::poll!(std::pin::pin!(far.read_u8())).is_pending(), "nothing has ended");
+        drop(exchange);
+        assert_eq!(far.read(&mut [0; 1]).await.unwrap(), 0);
+
+        let (near, mut far) = tokio::io::duplex(64);
+        let mut tunnel = Exchange::new(near, true);
+        tunnel.shutdown().await.unwrap();
+        assert_eq!(far.read(&mut [0; 1]).await.unwrap(), 0, "a tunnel's sides end one by one");
+    }
+}
