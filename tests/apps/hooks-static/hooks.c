@@ -1,7 +1,7 @@
 /* A hook server that misbehaves as it is told to, in the run hook's payload or in the variable PLAN: words such as `suspend=500`.
  *
- * The value is a status, or: hang, close, stream (a body without end), headers (a head without end), garbage, exit, deaf (listen no more
- * once the answer is sent). /ready answers 503 the first time, whatever the plan. */
+ * The value is a status, or: hang, close, stream (a body without end, slowly), flood (the same as fast as it goes), headers (a head without
+ * end), garbage, exit, deaf (listen no more once the answer is sent). /ready answers 503 the first time, whatever the plan. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <signal.h>
@@ -14,9 +14,13 @@
 static char plan[4096];
 static int asked_ready;
 
-static void forever(int connection, const char *head, const char *more) {
+#define CHUNKED "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+#define FILLER "X-Filler: filler filler filler filler\r\n"
+
+static void forever(int connection, const char *head, const char *more, int pause_us) {
     if (write(connection, head, strlen(head)) < 0) return;
-    while (write(connection, more, strlen(more)) > 0) usleep(1000);
+    while (write(connection, more, strlen(more)) > 0)
+        if (pause_us) usleep(pause_us);
 }
 
 static void answer(int connection, int listener, const char *hook) {
@@ -29,16 +33,22 @@ static void answer(int connection, int listener, const char *hook) {
     fflush(stdout);
     if (!strcmp(value, "hang")) for (;;) pause();
     if (!strcmp(value, "exit")) exit(7);
-    if (!strcmp(value, "stream")) forever(connection, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "1\r\nx\r\n");
-    if (!strcmp(value, "headers")) forever(connection, "HTTP/1.1 200 OK\r\n", "X-Filler: filler filler filler filler\r\n");
+    if (!strcmp(value, "stream")) forever(connection, CHUNKED, "1\r\nx\r\n", 10000);
+    if (!strcmp(value, "flood")) {
+        static char chunk[4200];
+        snprintf(chunk, sizeof chunk, "1000\r\n%04096d\r\n", 0);
+        forever(connection, CHUNKED, chunk, 0);
+    }
+    if (!strcmp(value, "headers")) forever(connection, "HTTP/1.1 200 OK\r\n", FILLER, 0);
     if (!strcmp(value, "garbage")) { if (write(connection, "SSH-2.0-nonsense\r\n", 18) < 0) return; }
-    if (!strcmp(value, "deaf")) { close(listener); strcpy(value, "200"); }
-    if (atoi(value)) {
-        int length = snprintf(text, sizeof text, "HTTP/1.1 %d Said\r\nContent-Length: 2\r\n\r\nok", atoi(value));
+    int deaf = !strcmp(value, "deaf"), status = deaf ? 200 : atoi(value);
+    if (deaf) close(listener);
+    if (status) {
+        int length = snprintf(text, sizeof text, "HTTP/1.1 %d Said\r\n%s", status, status == 204 ? "\r\n" : "Content-Length: 2\r\n\r\nok");
         if (write(connection, text, length) < 0) return;
     }
     close(connection);
-    if (strstr(plan, "deaf") && !strcmp(hook, "run")) for (;;) pause();
+    if (deaf) for (;;) pause();
 }
 
 static void read_request(int connection, char *request, size_t size) {

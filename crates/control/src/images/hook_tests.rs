@@ -100,17 +100,19 @@ async fn a_validate_hook_that_fails_takes_the_snapshot_with_it() {
 }
 
 #[tokio::test]
-async fn an_app_that_is_never_ready_runs_out_of_time() {
+async fn an_app_that_never_says_yes_runs_out_of_time() {
     let world = World::new().await;
-    for (name, answer) in [("busy", HookAnswer::status(503)), ("deaf", HookAnswer::Reply(HookReply::Refused))] {
-        for _ in 0..50 {
-            world.engine.answer("ready", answer.clone());
+    for (hook, title) in [("ready", "Ready"), ("validate", "Validate")] {
+        for (name, answer) in [("busy", HookAnswer::status(503)), ("deaf", HookAnswer::Reply(HookReply::Refused))] {
+            for _ in 0..50 {
+                world.engine.answer(hook, answer.clone());
+            }
+            let (state, reason, _) = build(&world, &format!("{hook}-{name}"), &[hook]).await;
+            assert_eq!((state, reason), (ImageState::CreateFailed, Some(format!("{title} hook invocation timed out after PT1S"))));
+            let asked = world.engine.told().iter().filter(|told| *told == hook).count();
+            assert!((3..10).contains(&asked), "with pauses that grow: {asked}");
+            world.engine.answers.lock().unwrap().clear();
         }
-        let (state, reason, _) = build(&world, name, &["ready"]).await;
-        assert_eq!((state, reason.as_deref()), (ImageState::CreateFailed, Some("Ready hook invocation timed out after PT1S")));
-        let asked = world.engine.told().len();
-        assert!((3..10).contains(&asked), "with pauses that grow: {asked}");
-        world.engine.answers.lock().unwrap().clear();
     }
 }
 
