@@ -12,6 +12,7 @@ use nix::{
     errno::Errno,
     kmod::{ModuleInitFlags, finit_module},
     mount::{MsFlags, mount},
+    sys::resource::{Resource, setrlimit},
 };
 
 use crate::{
@@ -26,6 +27,8 @@ pub const TRACEFS: &str = "/sys/kernel/tracing";
 
 const DISK: &str = "/dev/vda";
 const DEVICE_DEADLINE: Duration = Duration::from_secs(60);
+/// Soft and hard limit of this process's open files.
+const OPEN_FILES: u64 = 524_288;
 
 /// What the sessions need to know of the machine.
 #[derive(Debug)]
@@ -76,6 +79,9 @@ pub enum BootError {
     /// the application's control group could not be made
     #[error(transparent)]
     Cgroup(#[from] cgroup::CgroupError),
+    /// the limit of open files could not be raised
+    #[error("setting the limit of open files: {0}")]
+    OpenFiles(Errno),
     /// the loopback device could not be brought up
     #[error(transparent)]
     Network(#[from] network::NetworkError),
@@ -83,6 +89,7 @@ pub enum BootError {
 
 /// Brings the machine up.
 pub fn boot() -> Result<Machine, BootError> {
+    allow_open_files()?;
     mount_kernel_file_systems()?;
     // Subscribed before the modules that make the devices, so that no event can be missed.
     let mut events = Uevents::subscribe()?;
@@ -104,6 +111,11 @@ pub fn boot() -> Result<Machine, BootError> {
     container_sysctls();
     let kernel = read("/proc/sys/kernel/osrelease")?.trim().to_owned();
     Ok(Machine { port, kernel })
+}
+
+/// Each connection that is carried to the application is an open file of this process. The kernel gives the first process 1024.
+fn allow_open_files() -> Result<(), BootError> {
+    setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).map_err(BootError::OpenFiles)
 }
 
 fn mount_kernel_file_systems() -> Result<(), BootError> {

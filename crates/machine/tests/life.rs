@@ -511,6 +511,24 @@ async fn a_clone_has_the_egress_of_its_launch_and_not_of_its_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_carries_thousands_of_connections() {
+    let Some(bench) = Bench::new("crowd").await else { return };
+    let mut machine = bench.boot("image").await;
+    let mut events = machine.take_events().unwrap();
+    let server = "use IO::Socket; $s = IO::Socket::INET->new(LocalAddr => '127.0.0.1', LocalPort => 5000, Listen => 4096) or die $!; sleep";
+    machine.start_app(app(&["perl", "-e", server])).await.unwrap();
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the server listens"), Some(MachineEvent::Listening(5000))) {}
+    let dialer = machine.dialer();
+    let mut connections = Vec::new();
+    for number in 1..=2000 {
+        let connection = timeout(PATIENCE, dialer.dial(5000)).await.expect("a port that listens connects");
+        connections.push(connection.unwrap_or_else(|error| panic!("connection {number}: {error}")));
+    }
+    machine.kill().await;
+    bench.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_run_says_why() {
     let Some(bench) = Bench::new("refused").await else { return };
     let mut machine = bench.boot("refused").await;
