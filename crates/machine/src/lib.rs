@@ -3,6 +3,7 @@
 //! [`Engine`] boots a machine from a root file system and launches clones of a [`Snapshot`]; a [`Machine`] is one that runs. Nothing here
 //! knows of AWS, and nothing above this crate knows of QEMU.
 
+mod changes;
 pub mod engine;
 pub mod kit;
 mod memory;

@@ -1,13 +1,12 @@
 //! Guest memory outside of the guest: sealed copies that clones map, and the pages in which a clone differs from them.
 //!
 //! A clone maps its image's memory privately: what it writes becomes anonymous memory of its process, what it only reads stays shared.
-//! `/proc/PID/pagemap` tells the two apart, so a suspend writes only what the guest changed since the image was captured, and a resume
-//! writes it back into a fresh clone.
+//! `/proc/PID/pagemap` tells the two apart, so a suspend looks only at what the guest wrote since the image was captured.
 
 use std::{
     ffi::CStr,
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, Read, Seek, SeekFrom},
     os::{fd::AsFd, unix::fs::FileExt},
     path::Path,
 };
@@ -24,7 +23,7 @@ use crate::working_set::WorkingSet;
 /// Size of a guest page, in bytes.
 pub const PAGE: u64 = 4096;
 
-/// Pages that follow one another, in guest memory and in the file of pages.
+/// Pages that follow one another in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
     /// Index of the first page.
@@ -135,6 +134,11 @@ impl Mapping {
         let start = find_mapping(&maps, "/memfd:hearth-image", bytes).ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, format!("process {pid} does not map {bytes} bytes of its image's memory"))
         })?;
+        Self::at(pid, start, bytes)
+    }
+
+    /// The mapping at an address.
+    pub(crate) fn at(pid: u32, start: u64, bytes: u64) -> io::Result<Self> {
         let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
         Ok(Self { memory, start, bytes, pid })
     }
@@ -172,46 +176,25 @@ impl Mapping {
         Ok(extents)
     }
 
-    /// Writes the pages of `extents` one after the other, until `stop` says so; tells whether all are written.
-    pub fn save(&self, extents: &[Extent], pages: &mut impl Write, stop: impl Fn() -> bool) -> io::Result<bool> {
-        let mut buffer = vec![0; 1 << 20];
-        for (offset, length) in pieces(extents, buffer.len() as u64) {
-            if stop() {
-                return Ok(false);
-            }
-            let piece = &mut buffer[..usize::try_from(length).expect("a piece is at most the buffer")];
-            self.memory.read_exact_at(piece, self.start + offset)?;
-            pages.write_all(piece)?;
-        }
-        Ok(true)
+    /// Number of bytes that are mapped.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
-    /// Puts back what [`Mapping::save`] wrote.
-    pub fn restore(&self, extents: &[Extent], pages: &mut impl Read) -> io::Result<()> {
-        let mut buffer = vec![0; 1 << 20];
-        for (offset, length) in pieces(extents, buffer.len() as u64) {
-            if offset + length > self.bytes {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "a page lies outside of the guest's memory"));
-            }
-            let piece = &mut buffer[..usize::try_from(length).expect("a piece is at most the buffer")];
-            pages.read_exact(piece)?;
-            self.memory.write_all_at(piece, self.start + offset)?;
-        }
-        Ok(())
+    /// Reads the guest's memory at an offset within it.
+    pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.memory.read_exact_at(buffer, self.start + offset)
+    }
+
+    /// Writes the guest's memory at an offset within it.
+    pub fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.memory.write_all_at(bytes, self.start + offset)
     }
 }
 
 /// Number of bytes that extents cover.
 pub fn extent_bytes(extents: &[Extent]) -> u64 {
     extents.iter().map(|extent| extent.count * PAGE).sum()
-}
-
-/// Offsets and lengths in bytes, none longer than `limit`.
-fn pieces(extents: &[Extent], limit: u64) -> impl Iterator<Item = (u64, u64)> {
-    extents.iter().flat_map(move |extent| {
-        let (start, end) = (extent.first * PAGE, (extent.first + extent.count) * PAGE);
-        (start..end).step_by(usize::try_from(limit).unwrap_or(usize::MAX)).map(move |offset| (offset, limit.min(end - offset)))
-    })
 }
 
 /// Bits of an entry of pagemap(5).
@@ -270,13 +253,6 @@ mod tests {
     }
 
     #[test]
-    fn long_extents_are_cut_into_pieces() {
-        let extents = [Extent { first: 1, count: 3 }, Extent { first: 9, count: 1 }];
-        assert_eq!(pieces(&extents, 2 * PAGE).collect::<Vec<_>>(), [(4096, 8192), (12288, 4096), (36864, 4096)]);
-        assert_eq!(extent_bytes(&extents), 4 * PAGE);
-    }
-
-    #[test]
     fn a_sealed_copy_keeps_holes_and_refuses_writes() {
         let path = std::env::temp_dir().join(format!("hearth-memory-{}", uuid::Uuid::new_v4()));
         let file = File::create_new(&path).unwrap();
@@ -310,38 +286,5 @@ mod tests {
             assert_eq!(&text, b"guest");
         }
         fs::remove_file(&path).unwrap();
-    }
-
-    #[test]
-    fn written_pages_of_a_private_mapping_are_saved_and_restored() {
-        let path = std::env::temp_dir().join(format!("hearth-memory-{}", uuid::Uuid::new_v4()));
-        let file = File::create_new(&path).unwrap();
-        file.write_all_at(&vec![1; 16 * 4096], 0).unwrap();
-        let copy = sealed_copy(&path, 16 * PAGE, None).unwrap();
-        fs::remove_file(&path).unwrap();
-        let length = std::num::NonZero::new(16 * 4096).unwrap();
-        let flags = (nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE, nix::sys::mman::MapFlags::MAP_PRIVATE);
-        // SAFETY: a new private mapping at an address of the kernel's choice; it is only reached through the raw pointer below.
-        let map = unsafe { nix::sys::mman::mmap(None, length, flags.0, flags.1, &copy, 0) }.unwrap().cast::<u8>();
-        // SAFETY: both offsets lie within the mapping of 16 pages.
-        unsafe { (map.add(3 * 4096).write(7), map.add(4 * 4096).write(8)) };
-
-        let mapping = Mapping::of(std::process::id(), 16 * PAGE).unwrap();
-        let extents = mapping.dirty().unwrap();
-        assert_eq!(extents, [Extent { first: 3, count: 2 }]);
-        let mut pages = Vec::new();
-        assert!(!mapping.save(&extents, &mut pages, || true).unwrap());
-        assert!(pages.is_empty(), "a save that is stopped writes nothing more");
-        assert!(mapping.save(&extents, &mut pages, || false).unwrap());
-        assert_eq!((pages.len(), pages[0], pages[1], pages[4096]), (8192, 7, 1, 8));
-
-        pages[0] = 9;
-        mapping.restore(&extents, &mut pages.as_slice()).unwrap();
-        // SAFETY: the offset lies within the mapping.
-        assert_eq!(unsafe { map.add(3 * 4096).read() }, 9);
-        let outside = [Extent { first: 16, count: 1 }];
-        assert!(mapping.restore(&outside, &mut pages.as_slice()).is_err());
-        // SAFETY: the mapping was made above with this length and nothing refers to it any more.
-        unsafe { nix::sys::mman::munmap(map.cast(), 16 * 4096) }.unwrap();
     }
 }

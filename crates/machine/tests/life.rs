@@ -26,8 +26,9 @@ use tokio_util::sync::CancellationToken;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How far a guest's clock may be off, in nanoseconds.
 const CLOCK_ERROR: u64 = 50_000_000;
-/// Bytes that a suspend may add to the dirty set: the guest's kernel takes free pages in turn, so that a few more have been written each time.
-const MOST_GROWTH: u64 = 64 << 10;
+/// Bytes that the dirty set may grow by from the second quarter of many suspends to the last, however many they are. It does grow at first:
+/// the driver of the port to the host has a thousand buffers and uses them in turn.
+const MOST_GROWTH: u64 = 384 << 10;
 /// How often the test of many suspends suspends its machine, unless `HEARTH_TEST_CYCLES` says how often. What it looks for shows by then; a
 /// hundred are for the patient.
 const CYCLES: u64 = 30;
@@ -314,7 +315,7 @@ async fn a_suspend_that_is_cancelled_is_no_more_than_a_pause() {
     let now = visit(&*machine).await;
     assert_eq!((now.memory, now.disk), (2, 2));
 
-    // While the pages are being written. Whoever is too late for that has a suspended machine, and tries again.
+    // While the changes are being written. Whoever is too late for that has a suspended machine, and tries again.
     let mut visits = 2;
     let mut generation = 1;
     loop {
@@ -322,11 +323,11 @@ async fn a_suspend_that_is_cancelled_is_no_more_than_a_pause() {
         let mut stream = machine.dialer().dial(5000).await.unwrap();
         stream.write_all(b"fill\n").await.unwrap();
         timeout(PATIENCE, stream.read_to_string(&mut String::new())).await.expect("memory is filled").unwrap();
-        let (cancel, pages) = (CancellationToken::new(), bench.dir.path().join("one/suspended.draft/pages"));
+        let (cancel, changes) = (CancellationToken::new(), bench.dir.path().join("one/suspended.draft/changes"));
         let watcher = tokio::spawn({
             let cancel = cancel.clone();
             async move {
-                while !std::fs::metadata(&pages).is_ok_and(|pages| pages.len() > 0) {
+                while !std::fs::metadata(&changes).is_ok_and(|changes| changes.len() > 0) {
                     tokio::task::yield_now().await;
                 }
                 cancel.cancel();
@@ -435,6 +436,13 @@ async fn a_disk_that_fills_is_an_error_in_the_guest_and_nothing_worse() {
     bench.end().await;
 }
 
+/// The one in the middle.
+fn median<T: Copy + Ord>(values: &[T]) -> T {
+    let mut values = values.to_vec();
+    values.sort_unstable();
+    values[values.len() / 2]
+}
+
 /// What this process, which is the machines' host, holds: descriptors, threads, children.
 fn holdings() -> [usize; 3] {
     let entries = |path: &str| std::fs::read_dir(path).unwrap().count();
@@ -458,9 +466,11 @@ async fn a_machine_that_is_suspended_again_and_again_stays_as_it_is() {
 
     let mut machine = bench.clone_of("one", &snapshot).await;
     let mut randoms = HashSet::from([visit(&*machine).await.random]);
-    let (mut dirty, mut held, mut clock_errors) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut dirty, mut took, mut held, mut clock_errors) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for cycle in 1..=cycles {
+        let begun = Instant::now();
         dirty.push(suspend(machine).await.dirty_bytes);
+        took.push(begun.elapsed());
         machine = bench.engine.launch(bench.spec("one", &snapshot, LaunchSource::Suspended, cycle + 1)).await.unwrap();
         let now = visit(&*machine).await;
         assert_eq!((u64::from(now.memory), now.generation), (cycle + 1, cycle + 1));
@@ -469,14 +479,18 @@ async fn a_machine_that_is_suspended_again_and_again_stays_as_it_is() {
         held.push(holdings());
     }
     machine.kill().await;
-    let (first, last) = (dirty[0], *dirty.last().unwrap());
     // On a busy host a single exchange may come late; a clock that drifts, or is not set, is wrong in most cycles.
     clock_errors.sort_unstable();
-    let (median, worst) = (clock_errors[clock_errors.len() / 2] / 1000, clock_errors[clock_errors.len() - 1] / 1000);
-    eprintln!("clock off by {median} us, {worst} us at most; dirty {} kB, then {} kB", first >> 10, last >> 10);
-    assert!(median * 1000 < CLOCK_ERROR, "the guest's clock was off by {median} us");
-    assert_eq!(held.first(), held.last(), "descriptors, threads and children of the host");
-    assert!(last - first < cycles * MOST_GROWTH, "the dirty set grew from {first} to {last} bytes in {cycles} cycles");
+    let (off, worst) = (median(&clock_errors) / 1000, clock_errors[clock_errors.len() - 1] / 1000);
+    eprintln!("clock off by {off} us, {worst} us at most; suspends took {} ms", median(&took).as_millis());
+    assert!(off * 1000 < CLOCK_ERROR, "the guest's clock was off by {off} us");
+    // Other tests of this process may have ended in the meantime.
+    let (first, last) = (held[0], held[held.len() - 1]);
+    assert!(last.iter().zip(first).all(|(last, first)| *last <= first), "descriptors, threads, children: {first:?}, then {last:?}");
+    let quarter = dirty.len() / 4;
+    let (before, after) = (median(&dirty[quarter..2 * quarter]), median(&dirty[3 * quarter..]));
+    eprintln!("dirty {} kB at first, {} kB in the second quarter, {} kB in the last", dirty[0] >> 10, before >> 10, after >> 10);
+    assert!(after < before + MOST_GROWTH, "the dirty set grew from {before} to {after} bytes: {dirty:?}");
     bench.end().await;
 }
 

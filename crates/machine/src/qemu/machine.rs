@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufReader, BufWriter, Write},
+    io,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{
@@ -14,18 +14,19 @@ use std::{
 
 use async_trait::async_trait;
 use hearth_guest_protocol::{App, Marker};
-use serde::{Deserialize, Serialize};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{EVENT_QUEUE, Failure, NEXT_STATE, OVERLAY, READY, Shared, create_overlay, process::Process, qmp::Qmp};
+use super::{
+    EVENT_QUEUE, Failure, NEXT_STATE, OVERLAY, READY, Shared, create_overlay, process::Process, qmp::Qmp, suspended::SuspendedState,
+};
 use crate::{
-    engine::{CaptureError, Dial, GuestError, GuestServices, Machine, MachineEvent, SuspendError, SuspendOutcome, Suspended, Usage},
+    engine::{CaptureError, Dial, GuestError, GuestServices, Machine, MachineEvent, SuspendError, SuspendOutcome, Usage},
     kit::sha256_data,
-    memory::{self, Extent, Mapping},
+    memory::{self, Mapping},
     network::Slot,
     session::{Identity, Session},
-    snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS, Snapshot, SnapshotError, SnapshotManifest},
+    snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS, Snapshot, SnapshotManifest},
     working_set::WorkingSet,
 };
 
@@ -53,7 +54,7 @@ pub enum Origin {
     /// It was booted: its memory is this file's.
     Boot { memory: File, rootfs: PathBuf, vcpus: u8, memory_mib: u32 },
     /// It is a clone: it maps this many bytes of its snapshot's memory privately.
-    Clone { snapshot: Arc<Snapshot>, _image: Arc<File>, mapped: u64 },
+    Clone { snapshot: Arc<Snapshot>, image: Arc<File>, mapped: u64 },
 }
 
 /// A running machine.
@@ -201,7 +202,7 @@ impl Machine for QemuMachine {
     async fn suspend(self: Box<Self>, cancel: CancellationToken) -> Result<SuspendOutcome, SuspendError> {
         self.expect_end();
         let parts = self.parts;
-        let Origin::Clone { mapped, .. } = parts.origin else {
+        let Origin::Clone { mapped, ref image, .. } = parts.origin else {
             return Err(SuspendError::Monitor("only a clone of a snapshot can be suspended".to_owned()));
         };
         let marker = self.session.detach(None).await?;
@@ -209,8 +210,8 @@ impl Machine for QemuMachine {
             return parts.run_on(marker).await;
         }
         freeze(&parts.qmp, &parts.state_path).await?;
-        let (dir, pid, generation) = (parts.dir.clone(), parts.process.pid, parts.generation);
-        let write = move || SuspendedState::write(&dir, &Mapping::of(pid, mapped)?, marker, generation, &cancel);
+        let (dir, image, pid, generation) = (parts.dir.clone(), Arc::clone(image), parts.process.pid, parts.generation);
+        let write = move || SuspendedState::write(&dir, &Mapping::of(pid, mapped)?, &image, marker, generation, &cancel);
         let written = tokio::task::spawn_blocking(write).await.map_err(io::Error::other).flatten();
         match written {
             Ok(Some(suspended)) => {
@@ -291,104 +292,4 @@ fn keep_for_root(file: &File) -> io::Result<()> {
     use std::os::unix::fs::{PermissionsExt, fchown};
     fchown(file, Some(nix::unistd::geteuid().as_raw()), Some(nix::unistd::getegid().as_raw()))?;
     file.set_permissions(fs::Permissions::from_mode(0o444))
-}
-
-/// What a suspend leaves in a machine's directory.
-#[derive(Debug)]
-pub struct SuspendedState {
-    dir: PathBuf,
-    manifest: SuspendedManifest,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct SuspendedManifest {
-    format: u32,
-    generation: u64,
-    /// Begins the next session.
-    marker: Marker,
-    /// Pages that differ from the snapshot, in the order in which they follow one another in the file of pages.
-    extents: Vec<Extent>,
-    device_state_bytes: u64,
-}
-
-const SUSPENDED: &str = "suspended";
-const SUSPENDED_MANIFEST: &str = "manifest.json";
-const PAGES: &str = "pages";
-
-impl SuspendedState {
-    /// Writes the state of a stopped machine. It has its name when all of it is on disk. Nothing, if it was cancelled in time.
-    fn write(dir: &Path, mapping: &Mapping, marker: Marker, generation: u64, cancel: &CancellationToken) -> io::Result<Option<Suspended>> {
-        let draft = dir.join("suspended.draft");
-        let _ = fs::remove_dir_all(&draft);
-        fs::create_dir(&draft)?;
-        let extents = mapping.dirty()?;
-        let mut pages = BufWriter::with_capacity(1 << 20, File::create_new(draft.join(PAGES))?);
-        if mapping.save(&extents, &mut pages, || cancel.is_cancelled())? {
-            pages.into_inner().map_err(io::IntoInnerError::into_error)?.sync_data()?;
-        }
-        // From here on the rest is faster than starting over.
-        if cancel.is_cancelled() {
-            fs::remove_dir_all(&draft)?;
-            return Ok(None);
-        }
-        let state = File::open(dir.join(NEXT_STATE))?;
-        state.sync_data()?;
-        fs::rename(dir.join(NEXT_STATE), draft.join(DEVICE_STATE))?;
-        let device_state_bytes = state.metadata()?.len();
-        let dirty_bytes = memory::extent_bytes(&extents);
-        let manifest = SuspendedManifest { format: FORMAT, generation, marker, extents, device_state_bytes };
-        let mut file = File::create_new(draft.join(SUSPENDED_MANIFEST))?;
-        file.write_all(&serde_json::to_vec(&manifest)?)?;
-        file.sync_data()?;
-        fs::rename(&draft, dir.join(SUSPENDED))?;
-        File::open(dir)?.sync_all()?;
-        Ok(Some(Suspended { dirty_bytes, device_state_bytes }))
-    }
-
-    /// Opens what [`SuspendedState::write`] wrote.
-    pub fn open(machine_dir: &Path) -> Result<Self, SnapshotError> {
-        let dir = machine_dir.join(SUSPENDED);
-        let path = dir.join(SUSPENDED_MANIFEST);
-        let io_error = |path: &Path, source| SnapshotError::Io { what: format!("opening {}", path.display()), source };
-        let text = fs::read(&path).map_err(|source| io_error(&path, source))?;
-        let damaged = |reason: String| SnapshotError::SuspendedDamaged { path: dir.clone(), reason };
-        let manifest: SuspendedManifest = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
-        if manifest.format != FORMAT {
-            return Err(damaged(format!("its format is {}, this version of Hearth reads {FORMAT}", manifest.format)));
-        }
-        for (name, expected) in [(PAGES, memory::extent_bytes(&manifest.extents)), (DEVICE_STATE, manifest.device_state_bytes)] {
-            let path = dir.join(name);
-            let found = fs::metadata(&path).map_err(|source| io_error(&path, source))?.len();
-            if found != expected {
-                return Err(damaged(format!("{name} has {found} bytes instead of {expected}")));
-            }
-        }
-        Ok(Self { dir, manifest })
-    }
-
-    /// Path of the device state.
-    pub fn device_state(&self) -> PathBuf {
-        self.dir.join(DEVICE_STATE)
-    }
-
-    /// Begins the next session.
-    pub fn marker(&self) -> Marker {
-        self.manifest.marker
-    }
-
-    /// Writes the pages into a fresh clone.
-    pub fn restore(&self, mapping: &Mapping) -> io::Result<()> {
-        let pages = File::open(self.dir.join(PAGES))?;
-        mapping.restore(&self.manifest.extents, &mut BufReader::with_capacity(1 << 20, pages))
-    }
-
-    /// Removes the state, if there is one. It is invalid from the first moment, even if not all of it can be removed.
-    pub fn discard(machine_dir: &Path) -> io::Result<()> {
-        let stale = machine_dir.join("suspended.stale");
-        match fs::rename(machine_dir.join(SUSPENDED), &stale) {
-            Ok(()) => fs::remove_dir_all(&stale),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
 }

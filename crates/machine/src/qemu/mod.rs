@@ -3,7 +3,8 @@
 //! ```text
 //! command   what a process is told            images    guest memory that clones map
 //! process   starting, watching, ending one    qmp       talking to its monitor
-//! machine   capture, suspend, kill            mod       boot, launch
+//! machine   capture, suspend, kill            suspended what a suspend leaves
+//! mod       boot, launch
 //! ```
 
 mod command;
@@ -11,6 +12,7 @@ mod images;
 mod machine;
 mod process;
 mod qmp;
+mod suspended;
 
 use std::{
     fs::{self, File, Permissions},
@@ -37,9 +39,10 @@ pub use self::command::{find_program, parse_version};
 use self::{
     command::{Hardware, Life},
     images::Images,
-    machine::{Origin, Parts, SuspendedState},
+    machine::{Origin, Parts},
     process::{Descriptors, Launch, Process, Spawner},
     qmp::Qmp,
+    suspended::SuspendedState,
 };
 use crate::{
     engine::{BootError, BootSpec, CaptureError, Engine, GuestServices, LaunchError, LaunchSource, LaunchSpec, Machine, SuspendError},
@@ -381,7 +384,7 @@ impl Engine for Qemu {
         let discarded = tokio::task::spawn_blocking(move || SuspendedState::discard(&dir)).await.map_err(io::Error::other).flatten();
         discarded.map_err(Failure::of("removing the suspended state in", &spec.dir))?;
         started.qmp.cont().await.map_err(Failure::monitor)?;
-        let origin = Origin::Clone { snapshot: spec.snapshot, _image: image, mapped };
+        let origin = Origin::Clone { snapshot: spec.snapshot, image, mapped };
         let parts = started.into_parts(spec.id, spec.dir, spec.generation, spec.services, origin, self.shared.clone());
         Ok(Box::new(parts.begin::<LaunchError>(marker, READY).await?))
     }
