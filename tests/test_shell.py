@@ -38,6 +38,19 @@ while True:
     connection.close()
 """
 
+TALK_TO_WHOEVER_IS_THERE = """
+import socket
+listener = socket.create_server(("127.0.0.1", 7001))
+print("listening", flush=True)
+connection, _ = listener.accept()
+assert connection.recv(1) == b"", "the client has said all it wanted"
+try:
+    while True:
+        connection.sendall(bytes(65536))
+except OSError:
+    print("nobody is there", flush=True)
+"""
+
 
 @pytest.fixture(scope="module")
 def vm(server: Server, image):
@@ -309,3 +322,23 @@ def test_ports_are_forwarded_and_wake(vm: Microvm):
             forwarder.send_signal(signal.SIGINT)
             server.kill()
     assert output(vm, "echo", "awake") == "awake\n"
+
+
+def test_a_client_that_has_asked_and_leaves_frees_the_app(vm: Microvm):
+    """It has ended its direction, so that only the bytes it does not take can tell."""
+    base = [str(HEARTH), "--data-dir", str(vm.server.data_dir)]
+    talk = [*base, "exec", vm.id, "--", "python3", "-c", TALK_TO_WHOEVER_IS_THERE]
+    with (
+        subprocess.Popen(talk, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as talker,
+        subprocess.Popen([*base, "forward", vm.id, "0:7001"], stdout=subprocess.PIPE, text=True) as forwarder,
+    ):
+        try:
+            assert talker.stdout.readline() == b"listening\n"
+            port = int(forwarder.stdout.readline().split()[0].rsplit(":", 1)[1])
+            with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(65536)
+            assert talker.communicate(timeout=PATIENCE)[0] == b"nobody is there\n"
+        finally:
+            forwarder.send_signal(signal.SIGINT)
+            talker.kill()

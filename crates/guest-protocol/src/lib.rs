@@ -26,21 +26,23 @@
 
 use std::net::Ipv4Addr;
 
+pub mod carrier;
 pub mod marker;
 pub mod message;
 pub mod mux;
 pub mod wire;
 
+pub use carrier::Carrier;
 pub use marker::{BOOT_MARKER, Marker, MarkerTrigger, MarkerWatch, await_marker};
 pub use message::{
     App, CopyInput, CopyOutput, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, FileKind, GuestMessage, Hello,
     HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Ready, StreamHeader, TerminalSize,
 };
-pub use mux::{Carrier, Mux, MuxError, Stream};
+pub use mux::{Mux, MuxError, Stream};
 pub use wire::{WireError, read_message, write_message, write_messages};
 
 /// Version of this protocol. A host refuses a guest that speaks another one: the image must be rebuilt with the present guest kit.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Name of the virtio-serial port: `/dev/virtio-ports/hearth` where udev runs, `/sys/class/virtio-ports/*/name` everywhere.
 pub const PORT_NAME: &str = "hearth";

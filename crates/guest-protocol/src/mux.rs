@@ -1,13 +1,9 @@
 //! A yamux session as both sides use it: a handle that opens streams, a queue of streams that the peer opened, and one task that moves bytes.
 
-use std::{
-    io::{self, ErrorKind},
-    pin::Pin,
-    task::{Context, Poll},
-};
+use std::task::Poll;
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite},
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
@@ -25,49 +21,6 @@ const ACCEPT_BACKLOG: usize = 256;
 
 /// One stream of a session, with tokio's traits.
 pub type Stream = Compat<yamux::Stream>;
-
-/// A stream that carries a connection between two programs, of which both must know whether it ended or broke. yamux itself reads a reset,
-/// and the end of the whole session, as if the peer had said that it is done.
-#[derive(Debug)]
-pub struct Carrier {
-    stream: Stream,
-    /// We have said that we are done. If the peer says so too, nothing distinguishes that from a reset any more.
-    done: bool,
-}
-
-impl Carrier {
-    /// A carrier for a connection that is about to begin.
-    pub fn new(stream: Stream) -> Self {
-        Self { stream, done: false }
-    }
-}
-
-impl AsyncRead for Carrier {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.remaining();
-        let result = Pin::new(&mut self.stream).poll_read(cx, buf);
-        let nothing = before > 0 && buf.remaining() == before;
-        if nothing && matches!(result, Poll::Ready(Ok(()))) && !self.done && self.stream.get_ref().is_closed() {
-            return Poll::Ready(Err(io::Error::new(ErrorKind::ConnectionReset, "the other side broke the stream off")));
-        }
-        result
-    }
-}
-
-impl AsyncWrite for Carrier {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.done = true;
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
 
 /// The session cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -239,47 +192,6 @@ mod tests {
         let mut busy = host.open().await.unwrap();
         busy.write_all(b"y").await.unwrap();
         assert_eq!(guest_driver.inbound.recv().await.unwrap().read_u8().await.unwrap(), b'y', "others go on");
-    }
-
-    /// Two ends of one stream, and the session around them.
-    async fn carriers() -> (Carrier, Carrier, MuxDriver, MuxDriver) {
-        let (near, far) = tokio::io::duplex(4096);
-        let (host, host_driver) = Mux::client(near);
-        let (_guest, mut guest_driver) = Mux::server(far);
-        let mut near = Carrier::new(host.open().await.unwrap());
-        near.write_all(b"x").await.unwrap();
-        let mut far = Carrier::new(guest_driver.inbound.recv().await.unwrap());
-        assert_eq!(far.read_u8().await.unwrap(), b'x');
-        far.write_all(b"y").await.unwrap();
-        assert_eq!(near.read_u8().await.unwrap(), b'y');
-        (near, far, host_driver, guest_driver)
-    }
-
-    #[tokio::test]
-    async fn an_end_is_no_break() {
-        let (mut near, mut far, ..) = carriers().await;
-        far.shutdown().await.unwrap();
-        let mut text = String::new();
-        near.read_to_string(&mut text).await.unwrap();
-        assert_eq!(text, "");
-        near.write_all(b"still").await.unwrap();
-        near.shutdown().await.unwrap();
-        far.read_to_string(&mut text).await.unwrap();
-        assert_eq!(text, "still", "one direction outlives the other");
-    }
-
-    #[tokio::test]
-    async fn a_break_is_no_end() {
-        for session in [false, true] {
-            let (mut near, far, _host_driver, guest_driver) = carriers().await;
-            if session {
-                guest_driver.task.abort();
-            } else {
-                drop(far);
-            }
-            let error = near.read_u8().await.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "the whole session: {session}");
-        }
     }
 
     #[tokio::test]

@@ -72,6 +72,7 @@ pub mod tests {
         let (mut host, guest, _session) = stream_pair().await;
         let proxy = tokio::spawn(serve(guest, port));
         assert_eq!(read_message::<DialReply>(&mut host).await.unwrap(), DialReply::Connected);
+        let mut host = Carrier::new(host);
         host.write_all(b"echo").await.unwrap();
         host.shutdown().await.unwrap();
         let mut answer = Vec::new();
@@ -92,6 +93,25 @@ pub mod tests {
         drop(host);
         proxy.await.unwrap().unwrap_err();
         assert_eq!(connection.read(&mut [0; 8]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_done_and_leaves_frees_an_application_that_writes_on() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (mut host, guest, _session) = stream_pair().await;
+        let proxy = tokio::spawn(serve(guest, port));
+        let (mut connection, _) = listener.accept().await.unwrap();
+        assert_eq!(read_message::<DialReply>(&mut host).await.unwrap(), DialReply::Connected);
+        let mut host = Carrier::new(host);
+        host.shutdown().await.unwrap();
+        assert_eq!(connection.read(&mut [0; 8]).await.unwrap(), 0, "the application knows");
+        let endless = tokio::spawn(async move { while connection.write_all(&[0; 16 << 10]).await.is_ok() {} });
+        host.read_exact(&mut [0; 64 << 10]).await.unwrap();
+        drop(host);
+        let long = std::time::Duration::from_secs(20);
+        tokio::time::timeout(long, endless).await.expect("the application is told that nobody reads").unwrap();
+        proxy.await.unwrap().unwrap_err();
     }
 
     #[tokio::test]

@@ -1,7 +1,6 @@
 //! A stream that carries one HTTP exchange: HTTP says by itself where a message ends, so its sending side is not ended before the stream is.
 //!
-//! hyper ends the sending side when a request is out. yamux resets only streams that are still open in both directions, so a client that
-//! left in the middle of an answer would then leave the application writing to nobody, for ever.
+//! hyper ends the sending side when a request is out. To an HTTP server that is a client who has left (Go's cancels what it does for it).
 
 use std::{
     io::{self, IoSlice},

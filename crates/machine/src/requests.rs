@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use hearth_guest_protocol::{LogRecord, MetadataReply, Stream, StreamHeader, WireError, read_message, write_message};
+use hearth_guest_protocol::{Carrier, LogRecord, MetadataReply, Stream, StreamHeader, WireError, read_message, write_message};
 use tokio::{io::copy_bidirectional, sync::mpsc, time::timeout};
 
 use crate::engine::{GuestServices, MachineEvent};
@@ -43,7 +43,7 @@ async fn serve(mut stream: Stream, services: Arc<dyn GuestServices>, events: mps
         }
         StreamHeader::Api => {
             let mut api = services.api().await?;
-            copy_bidirectional(&mut stream, &mut api).await?;
+            copy_bidirectional(&mut Carrier::new(stream), &mut api).await?;
             Ok(())
         }
         // The host's to open. Dropped, which resets it.
@@ -121,7 +121,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_to_the_api_carries_bytes_and_half_closes() {
         let (guest, _alive) = session(Echo);
-        let mut stream = open(&guest, StreamHeader::Api).await;
+        let mut stream = Carrier::new(open(&guest, StreamHeader::Api).await);
         stream.write_all(b"request").await.unwrap();
         stream.shutdown().await.unwrap();
         let mut answer = Vec::new();

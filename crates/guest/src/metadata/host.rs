@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use hearth_guest_protocol::{MetadataReply, MetadataRequest, Mux, MuxError, Stream, StreamHeader, WireError, read_message, write_message};
+use hearth_guest_protocol::{
+    Carrier, MetadataReply, MetadataRequest, Mux, MuxError, Stream, StreamHeader, WireError, read_message, write_message,
+};
 use tokio::{sync::watch, time::timeout};
 
 /// How long a question waits for a session. The next one follows at once, unless the machine is being suspended: then it lies in the sleep.
@@ -51,8 +53,8 @@ impl Host {
         ask_in(&session(&mut self.sessions.clone()).await?, request).await
     }
 
-    /// A stream to the host's API, and what resolves when its session is over.
-    pub async fn api(&self) -> Result<(Stream, impl Future<Output = ()> + use<>), Unanswered> {
+    /// A connection to the host's API, and what resolves when its session is over.
+    pub async fn api(&self) -> Result<(Carrier, impl Future<Output = ()> + use<>), Unanswered> {
         let mut sessions = self.sessions.clone();
         let session = session(&mut sessions).await?;
         let stream = open(&session, StreamHeader::Api).await.map_err(|_| Unanswered::Ended)?;
@@ -60,7 +62,7 @@ impl Host {
             // The service outlives every session; its end is as good as a session's.
             let _ = sessions.changed().await;
         };
-        Ok((stream, over))
+        Ok((Carrier::new(stream), over))
     }
 }
 
