@@ -1,6 +1,7 @@
 //! The application: started once, its output collected, its end remembered. Also the reaper of everything that ends up with PID 1.
 
 pub mod container;
+pub mod helper;
 pub mod process;
 mod rootfs;
 mod stop;
@@ -8,8 +9,7 @@ mod user;
 
 use std::{
     io::{self, PipeReader},
-    os::{fd::OwnedFd, unix::net::UnixStream},
-    process::{Command, Stdio},
+    os::fd::OwnedFd,
     time::Duration,
 };
 
@@ -22,7 +22,7 @@ use nix::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::unix::pipe,
+    net::{UnixStream, unix::pipe},
     signal::unix::{SignalKind, signal},
     sync::{Mutex, watch},
     task::JoinSet,
@@ -99,7 +99,7 @@ impl Application {
         if !matches!(*state, State::NotStarted) {
             return Err(StartError::AlreadyStarted);
         }
-        let (control, stdout, stderr) = spawn_helper()?;
+        let (control, stdout, stderr) = start_container()?;
         let main = timeout(START_DEADLINE, instruct(control, app)).await.map_err(|_| StartError::Deadline)??;
         let mut output = JoinSet::new();
         for (source, pipe) in [(LogSource::Stdout, stdout), (LogSource::Stderr, stderr)] {
@@ -160,27 +160,15 @@ fn lacked_memory(status: ExitStatus) -> bool {
     status.code == KILLED && kills() > 0
 }
 
-/// Starts this binary again as the container's first process. Only a fresh, single-threaded process may safely do what follows `fork`.
-fn spawn_helper() -> io::Result<(UnixStream, PipeReader, PipeReader)> {
-    let (control, theirs) = UnixStream::pair()?;
+/// Starts the container's first process, which has the application's outputs.
+fn start_container() -> io::Result<(UnixStream, PipeReader, PipeReader)> {
     let (stdout, their_stdout) = io::pipe()?;
     let (stderr, their_stderr) = io::pipe()?;
-    // The reaper, not `Child`, waits for it.
-    Command::new("/proc/self/exe")
-        .arg(container::ARGUMENT)
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(their_stdout)
-        .stderr(their_stderr)
-        .spawn()?;
-    Ok((control, stdout, stderr))
+    Ok((helper::start(container::ARGUMENT, their_stdout.into(), their_stderr.into())?, stdout, stderr))
 }
 
 /// Tells the helper what to run and reads its report, which ends when the application's own code takes over.
-async fn instruct(control: UnixStream, app: &App) -> Result<Pid, StartError> {
-    control.set_nonblocking(true)?;
-    let mut control = tokio::net::UnixStream::from_std(control)?;
+async fn instruct(mut control: UnixStream, app: &App) -> Result<Pid, StartError> {
     control.write_all(&serde_json::to_vec(app).map_err(io::Error::from)?).await?;
     control.shutdown().await?;
     let mut report = String::new();

@@ -3,16 +3,12 @@
 
 pub mod helper;
 
-use std::{
-    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
-    process::{Command, Stdio},
-    sync::Arc,
-};
+use std::{process::Stdio, sync::Arc};
 
 use hearth_guest_protocol::{CopyOutput, DialReply, FileCopy, Stream, WireError, write_message};
-use tokio::{io::copy_bidirectional, net::UnixStream};
+use tokio::io::copy_bidirectional;
 
-use crate::app::Application;
+use crate::app::{self, Application};
 
 /// Serves one stream until the helper is done or the host has gone, which ends the helper.
 pub async fn serve(mut stream: Stream, copy: FileCopy, application: Arc<Application>) -> Result<(), WireError> {
@@ -20,7 +16,7 @@ pub async fn serve(mut stream: Stream, copy: FileCopy, application: Arc<Applicat
         return write_message(&mut stream, &DialReply::Refused).await;
     };
     write_message(&mut stream, &DialReply::Connected).await?;
-    match start() {
+    match app::helper::start(helper::ARGUMENT, Stdio::null(), Stdio::inherit()) {
         Ok(mut helper) => {
             write_message(&mut helper, &helper::Order { main: main.as_raw(), copy }).await?;
             copy_bidirectional(&mut stream, &mut helper).await?;
@@ -28,18 +24,4 @@ pub async fn serve(mut stream: Stream, copy: FileCopy, application: Arc<Applicat
         Err(error) => write_message(&mut stream, &CopyOutput::Failed { reason: format!("starting to copy: {error}") }).await?,
     }
     Ok(())
-}
-
-fn start() -> std::io::Result<UnixStream> {
-    let (socket, theirs) = StdUnixStream::pair()?;
-    // The reaper, not `Child`, waits for it.
-    Command::new("/proc/self/exe")
-        .arg(helper::ARGUMENT)
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .spawn()?;
-    socket.set_nonblocking(true)?;
-    UnixStream::from_std(socket)
 }

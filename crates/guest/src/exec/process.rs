@@ -4,11 +4,8 @@
 use std::{
     fs,
     io::{self, ErrorKind, IoSliceMut},
-    os::{
-        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-        unix::net::UnixStream as StdUnixStream,
-    },
-    process::{Command, Stdio},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    process::Stdio,
     time::Duration,
 };
 
@@ -30,6 +27,7 @@ use tokio::{
 };
 
 use super::helper::{self, EXITED, FAILED, Order, STARTED};
+use crate::app;
 
 /// From the order to the process's own code.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -81,21 +79,11 @@ pub struct End {
 impl Process {
     /// Starts a process; returns once its own code runs.
     pub async fn start(order: &Order) -> Result<Self, StartError> {
-        let (control, theirs) = StdUnixStream::pair()?;
-        // The reaper, not `Child`, waits for it.
-        Command::new("/proc/self/exe")
-            .arg(helper::ARGUMENT)
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
-            .spawn()?;
-        timeout(START_DEADLINE, Self::instruct(control, order)).await.map_err(|_| StartError::Deadline)?
+        let socket = app::helper::start(helper::ARGUMENT, Stdio::null(), Stdio::inherit())?;
+        timeout(START_DEADLINE, Self::instruct(socket, order)).await.map_err(|_| StartError::Deadline)?
     }
 
-    async fn instruct(control: StdUnixStream, order: &Order) -> Result<Self, StartError> {
-        control.set_nonblocking(true)?;
-        let mut socket = UnixStream::from_std(control)?;
+    async fn instruct(mut socket: UnixStream, order: &Order) -> Result<Self, StartError> {
         socket.write_all(&serde_json::to_vec(order).map_err(io::Error::from)?).await?;
         socket.shutdown().await?;
         let mut report = Report { socket, text: Vec::new(), descriptors: Vec::new() };

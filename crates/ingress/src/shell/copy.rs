@@ -1,13 +1,13 @@
 //! Files of the MicroVM behind a WebSocket: `hearth.copy.v1`. One request each: what is at a path, files in, or files out.
 
-use hearth_guest_protocol::{CopyInput, CopyOutput, FileCopy, FileKind, WireError, read_message, write_message};
+use hearth_guest_protocol::{CopyInput, CopyOutput, FileCopy, FileKind, read_message, write_message};
 use hearth_machine::Target;
 use serde::{Deserialize, Serialize};
 use tokio::io::{ReadHalf, WriteHalf};
-use tokio_tungstenite::tungstenite::{self, Message};
+use tokio_tungstenite::tungstenite::Message;
 
 use super::{
-    GuestIo, Opener,
+    GuestIo, Opener, Stopped, farewell,
     socket::{Farewell, Inbound, Out, Socket},
 };
 
@@ -49,25 +49,6 @@ enum Told {
     Failed { reason: String },
 }
 
-/// Why one direction stopped.
-enum Stopped {
-    Client,
-    Guest,
-    Ended(Farewell),
-}
-
-impl From<WireError> for Stopped {
-    fn from(_: WireError) -> Self {
-        Self::Guest
-    }
-}
-
-impl From<tungstenite::Error> for Stopped {
-    fn from(_: tungstenite::Error) -> Self {
-        Self::Client
-    }
-}
-
 /// Serves one request.
 pub(super) async fn run(socket: &mut Socket, opener: &Opener) -> Farewell {
     let first = match socket.first().await {
@@ -98,11 +79,7 @@ pub(super) async fn run(socket: &mut Socket, opener: &Opener) -> Farewell {
         },
         stopped = &mut outbound => stopped,
     };
-    match stopped {
-        Err(Stopped::Guest) => Farewell::guest_gone(),
-        Err(Stopped::Ended(farewell)) => farewell,
-        Ok(()) | Err(Stopped::Client) => Farewell::client_left(),
-    }
+    farewell(stopped)
 }
 
 async fn inbound(from: &mut Inbound, guest: &mut WriteHalf<GuestIo>) -> Result<(), Stopped> {

@@ -15,11 +15,11 @@ mod socket;
 use std::sync::Arc;
 
 use hearth_control::plane::{Admission, DataPlane};
-use hearth_guest_protocol::{Exec, TerminalSize};
+use hearth_guest_protocol::{Exec, TerminalSize, WireError};
 use hearth_machine::Target;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
-use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::{self, handshake::derive_accept_key};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug};
 
@@ -31,7 +31,7 @@ use crate::{
     proxy::{Peer, Proxy, ResponseBody},
     upgrade::Handshake,
 };
-use socket::Socket;
+use socket::{Farewell, Socket};
 
 const EXEC: &str = "hearth.exec.v1";
 const COPY: &str = "hearth.copy.v1";
@@ -76,6 +76,34 @@ impl Opener {
     async fn open(&self, target: &Target) -> Result<GuestIo, RequestError> {
         let stream = self.plane.open(&self.admission, target).await?;
         Ok(Metered::new(stream, self.admission.activity.clone(), None))
+    }
+}
+
+/// Why one direction of a session stopped.
+enum Stopped {
+    Client,
+    Guest,
+    Ended(Farewell),
+}
+
+impl From<WireError> for Stopped {
+    fn from(_: WireError) -> Self {
+        Self::Guest
+    }
+}
+
+impl From<tungstenite::Error> for Stopped {
+    fn from(_: tungstenite::Error) -> Self {
+        Self::Client
+    }
+}
+
+/// How a session ends of which one direction has stopped.
+fn farewell(stopped: Result<(), Stopped>) -> Farewell {
+    match stopped {
+        Err(Stopped::Guest) => Farewell::guest_gone(),
+        Err(Stopped::Ended(farewell)) => farewell,
+        Ok(()) | Err(Stopped::Client) => Farewell::client_left(),
     }
 }
 
@@ -144,7 +172,7 @@ async fn serve(protocol: Protocol, opener: Opener, shell: Option<GuestIo>, clien
                 (_, None) => process::exec(&mut socket, &opener).await,
             }
         } => farewell,
-        () = cut.cancelled() => socket::Farewell::going_away("the server stops"),
+        () = cut.cancelled() => Farewell::going_away("the server stops"),
     };
     debug!(code = farewell.code, reason = %farewell.reason, "the session ended");
     socket.close(farewell).await;

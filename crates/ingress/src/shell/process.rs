@@ -11,11 +11,11 @@ use tokio::{
     io::{ReadHalf, WriteHalf},
     sync::Semaphore,
 };
-use tokio_tungstenite::tungstenite::{self, Message};
+use tokio_tungstenite::tungstenite::Message;
 use uuid::Uuid;
 
 use super::{
-    GuestIo, Opener,
+    GuestIo, Opener, Stopped, farewell,
     socket::{Farewell, Inbound, Out, Socket},
 };
 
@@ -82,25 +82,6 @@ enum Told {
     Failed { reason: String },
 }
 
-/// Why one direction stopped.
-enum Stopped {
-    Client,
-    Guest,
-    Ended(Farewell),
-}
-
-impl From<WireError> for Stopped {
-    fn from(_: WireError) -> Self {
-        Self::Guest
-    }
-}
-
-impl From<tungstenite::Error> for Stopped {
-    fn from(_: tungstenite::Error) -> Self {
-        Self::Client
-    }
-}
-
 /// The service's shell.
 pub(super) async fn shell(socket: &mut Socket, guest: GuestIo) -> Farewell {
     if socket.out.text(&Told::SessionInit { session_id: Uuid::new_v4() }).await.is_err() {
@@ -141,11 +122,7 @@ async fn converse(socket: &mut Socket, guest: GuestIo, dialect: Dialect) -> Fare
         stopped = inbound(&mut socket.inbound, &mut writer, &window, dialect) => stopped,
         stopped = outbound(&mut reader, &mut socket.out, &window, dialect) => stopped,
     };
-    match stopped {
-        Err(Stopped::Guest) => Farewell::guest_gone(),
-        Err(Stopped::Ended(farewell)) => farewell,
-        Ok(()) | Err(Stopped::Client) => Farewell::client_left(),
-    }
+    farewell(stopped)
 }
 
 /// Passes on what the client says until it leaves.
