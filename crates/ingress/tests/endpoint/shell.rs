@@ -2,22 +2,24 @@
 
 use futures::{SinkExt, StreamExt};
 use hearth_guest_protocol::{ExecInput, ExecOutput, ExitStatus, TerminalSize, read_message, write_message};
-use http::HeaderValue;
+use http::{HeaderValue, Request};
+use hyper::ext::Protocol;
+use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
     WebSocketStream, client_async,
-    tungstenite::{Message, client::IntoClientRequest},
+    tungstenite::{Message, client::IntoClientRequest, protocol::Role},
 };
 
-use crate::support::{Endpoint, HOST, PATIENCE, read_head};
+use crate::support::{self, Client2, Endpoint, HOST, PATIENCE, read_head};
 
-type Socket = WebSocketStream<TlsStream<TcpStream>>;
+type Socket<S = TlsStream<TcpStream>> = WebSocketStream<S>;
 
 async fn open(endpoint: &Endpoint, protocols: &str) -> (Socket, Option<String>) {
     let mut request = format!("wss://{HOST}/shell").into_client_request().unwrap();
@@ -31,15 +33,15 @@ fn offer(endpoint: &Endpoint, more: &str) -> String {
     format!("lambda-microvms, lambda-microvms.authentication.{}{more}", endpoint.shell_token())
 }
 
-async fn next(socket: &mut Socket) -> Message {
+async fn next<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut Socket<S>) -> Message {
     timeout(PATIENCE, socket.next()).await.expect("a message in time").unwrap().unwrap()
 }
 
-async fn text(socket: &mut Socket) -> Value {
+async fn text<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut Socket<S>) -> Value {
     serde_json::from_str(next(socket).await.to_text().unwrap()).unwrap()
 }
 
-async fn closed(socket: &mut Socket) -> (u16, String) {
+async fn closed<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut Socket<S>) -> (u16, String) {
     let Message::Close(Some(frame)) = next(socket).await else { panic!("not closed") };
     (frame.code.into(), frame.reason.to_string())
 }
@@ -113,6 +115,47 @@ async fn processes_have_codes_and_channels() {
         exec.send(Message::text(wrong)).await.unwrap();
         assert_eq!(closed(&mut exec).await.0, code, "{wrong}");
     }
+}
+
+/// RFC 8441: a shell and a process, each on a stream of one connection.
+#[tokio::test]
+async fn shells_over_http2() {
+    let endpoint = Endpoint::with_raw(parrot).await;
+    let mut client = Client2::new(&endpoint).await;
+    // An answer says that the server's settings are here, which allow what follows.
+    let plain = Request::get(format!("https://{HOST}/")).body(support::text("")).unwrap();
+    assert_eq!(client.send(plain).await.unwrap().status(), 403);
+    let mut open = async |more: &str| {
+        let request = Request::connect(format!("https://{HOST}/shell"))
+            .extension(Protocol::from_static("websocket"))
+            .header("sec-websocket-version", "13")
+            .header("sec-websocket-protocol", offer(&endpoint, more))
+            .body(support::text(""))
+            .unwrap();
+        let answer = client.send(request).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert!(!answer.headers().contains_key("sec-websocket-accept"));
+        let selected = answer.headers()["sec-websocket-protocol"].to_str().unwrap().to_owned();
+        let stream = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+        (WebSocketStream::from_raw_socket(stream, Role::Client, None).await, selected)
+    };
+
+    let (mut shell, selected) = open("").await;
+    assert_eq!(selected, "lambda-microvms");
+    assert_eq!(text(&mut shell).await["type"], "session_init");
+    shell.send(Message::binary("keys")).await.unwrap();
+    assert_eq!(next(&mut shell).await.into_data().as_ref(), b"keys");
+
+    let (mut exec, selected) = open(", hearth.exec.v1").await;
+    assert_eq!(selected, "hearth.exec.v1");
+    exec.send(Message::text(r#"{"type":"start","argv":["parrot"]}"#)).await.unwrap();
+    assert_eq!(text(&mut exec).await, json!({"type": "started"}));
+    exec.send(Message::binary(b"\0exit\n".as_slice())).await.unwrap();
+    assert_eq!(text(&mut exec).await, json!({"type": "exited", "code": 3}));
+    assert_eq!(closed(&mut exec).await.0, 1000);
+
+    shell.send(Message::text("exit\n")).await.unwrap();
+    assert_eq!(closed(&mut shell).await, (1000, "shell exited".to_owned()));
 }
 
 #[tokio::test]
