@@ -174,24 +174,33 @@ impl Logs {
 #[derive(Debug, Default)]
 struct Lines {
     partial: Vec<u8>,
+    /// What comes next belongs to a line whose beginning was cut off already.
+    continued: bool,
 }
 
 impl Lines {
     /// The next line, of what there was before and of the beginning of `bytes`, which is then gone from there.
     fn next(&mut self, bytes: &mut &[u8]) -> Option<Vec<u8>> {
-        let room = LINE_BYTES - self.partial.len();
-        let window = &bytes[..bytes.len().min(room)];
-        let end = window.iter().position(|&byte| byte == b'\n');
-        self.partial.extend_from_slice(&window[..end.unwrap_or(window.len())]);
-        *bytes = &bytes[end.map_or(window.len(), |end| end + 1)..];
-        if end.is_none() {
-            if self.partial.len() < LINE_BYTES {
-                return None;
+        while !bytes.is_empty() {
+            let room = LINE_BYTES - self.partial.len();
+            let window = &bytes[..bytes.len().min(room)];
+            let end = window.iter().position(|&byte| byte == b'\n');
+            self.partial.extend_from_slice(&window[..end.unwrap_or(window.len())]);
+            *bytes = &bytes[end.map_or(window.len(), |end| end + 1)..];
+            if end.is_some() {
+                let line = std::mem::take(&mut self.partial);
+                let whole = !std::mem::take(&mut self.continued);
+                // A line that was cut at its very end has nothing more.
+                if whole || !line.is_empty() {
+                    return Some(line);
+                }
+            } else if self.partial.len() == LINE_BYTES {
+                let rest = self.partial.split_off(whole_characters(&self.partial));
+                self.continued = true;
+                return Some(std::mem::replace(&mut self.partial, rest));
             }
-            let rest = self.partial.split_off(whole_characters(&self.partial));
-            return Some(std::mem::replace(&mut self.partial, rest));
         }
-        Some(std::mem::take(&mut self.partial))
+        None
     }
 
     /// What the stream ends with, if that is no whole line.
@@ -235,6 +244,10 @@ mod tests {
         assert_eq!(cut(&[b"on", b"e\n\ntwo\nth", b"ree"]), [b"one".to_vec(), b"".to_vec(), b"two".to_vec(), b"three".to_vec()]);
         let long = vec![b'x'; LINE_BYTES + 3];
         assert_eq!(cut(&[&long, b"\n"]), [vec![b'x'; LINE_BYTES], b"xxx".to_vec()]);
+        // The end of one that was cut just there is no line, but an empty one after it is.
+        let full = &long[3..];
+        assert_eq!(cut(&[full, b"\n", b"\n", b"a\n"]), [full, b"", b"a"]);
+        assert_eq!(cut(&[&[full, b"\n"].concat(), full]), [full, full]);
         assert!(cut(&[]).is_empty());
     }
 
