@@ -1,6 +1,8 @@
 //! Who the application runs as: a Dockerfile's USER resolved against the image's own `/etc/passwd` and `/etc/group`, by the rules of
 //! container engines.
 
+use std::iter;
+
 /// Identity of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
@@ -8,7 +10,8 @@ pub struct User {
     pub uid: u32,
     /// Primary group.
     pub gid: u32,
-    /// Supplementary groups; empty when USER names a group.
+    /// Supplementary groups: the primary one, which a program that sets its group would else lose along with what is denied to that group
+    /// (CVE-2022-36109), and, unless USER names a group, those that the user is a member of.
     pub groups: Vec<u32>,
     /// Home directory.
     pub home: String,
@@ -51,10 +54,10 @@ pub fn resolve(spec: &str, passwd: &str, group: &str) -> Result<User, UserError>
         (None, Some(uid)) => (uid, 0, "/"),
         (None, None) => return Err(UserError::NoUser(spec.to_owned())),
     };
-    let mut groups = Vec::new();
+    let mut memberships = Vec::new();
     if wanted_group.is_empty() {
         let name = account.as_ref().map(|account| account.name);
-        groups = group
+        memberships = group
             .lines()
             .filter_map(parse_group)
             .filter(|group| name.is_some_and(|name| group.members.split(',').any(|member| member == name)))
@@ -65,6 +68,7 @@ pub fn resolve(spec: &str, passwd: &str, group: &str) -> Result<User, UserError>
         let named = group.lines().filter_map(parse_group).find(|group| group.name == wanted_group).map(|group| group.gid);
         gid = number.or(named).ok_or_else(|| UserError::NoGroup(spec.to_owned()))?;
     }
+    let groups = iter::once(gid).chain(memberships.into_iter().filter(|&member_of| member_of != gid)).collect();
     let home = if home.is_empty() { "/" } else { home };
     Ok(User { uid, gid, groups, home: home.to_owned() })
 }
@@ -88,7 +92,7 @@ mod tests {
 
     const PASSWD: &str =
         "root:x:0:0:root:/root:/bin/bash\n# comment\nbroken\nweb:x:1000:1001:Web:/home/web:/bin/sh\nbare:x:7:8\n42:x:9:9::/forty:/bin/sh\n";
-    const GROUP: &str = "root:x:0:\nweb:x:1001:\nlog:x:4:web,other\ndocker:x:999:other,web\n";
+    const GROUP: &str = "root:x:0:\nweb:x:1001:web\nlog:x:4:web,other\ndocker:x:999:other,web\n";
 
     fn user(uid: u32, gid: u32, groups: &[u32], home: &str) -> User {
         User { uid, gid, groups: groups.to_vec(), home: home.to_owned() }
@@ -97,22 +101,22 @@ mod tests {
     #[test]
     fn every_form_of_user_resolves() {
         let resolve = |spec| resolve(spec, PASSWD, GROUP);
-        assert_eq!(resolve(""), Ok(user(0, 0, &[], "/root")));
-        assert_eq!(resolve("web"), Ok(user(1000, 1001, &[4, 999], "/home/web")));
-        assert_eq!(resolve("1000"), Ok(user(1000, 1001, &[4, 999], "/home/web")));
-        assert_eq!(resolve("web:log"), Ok(user(1000, 4, &[], "/home/web")));
-        assert_eq!(resolve("web:77"), Ok(user(1000, 77, &[], "/home/web")));
-        assert_eq!(resolve("1234"), Ok(user(1234, 0, &[], "/")));
-        assert_eq!(resolve("1234:log"), Ok(user(1234, 4, &[], "/")));
-        assert_eq!(resolve(":log"), Ok(user(0, 4, &[], "/root")));
-        assert_eq!(resolve("bare"), Ok(user(7, 8, &[], "/")));
-        assert_eq!(resolve("42"), Ok(user(42, 0, &[], "/")), "a number is an id, never a name");
+        assert_eq!(resolve(""), Ok(user(0, 0, &[0], "/root")));
+        assert_eq!(resolve("web"), Ok(user(1000, 1001, &[1001, 4, 999], "/home/web")));
+        assert_eq!(resolve("1000"), Ok(user(1000, 1001, &[1001, 4, 999], "/home/web")));
+        assert_eq!(resolve("web:log"), Ok(user(1000, 4, &[4], "/home/web")));
+        assert_eq!(resolve("web:77"), Ok(user(1000, 77, &[77], "/home/web")));
+        assert_eq!(resolve("1234"), Ok(user(1234, 0, &[0], "/")));
+        assert_eq!(resolve("1234:log"), Ok(user(1234, 4, &[4], "/")));
+        assert_eq!(resolve(":log"), Ok(user(0, 4, &[4], "/root")));
+        assert_eq!(resolve("bare"), Ok(user(7, 8, &[8], "/")));
+        assert_eq!(resolve("42"), Ok(user(42, 0, &[0], "/")), "a number is an id, never a name");
     }
 
     #[test]
     fn an_image_without_accounts_runs_as_numbers() {
-        assert_eq!(resolve("", "", ""), Ok(user(0, 0, &[], "/")));
-        assert_eq!(resolve("5:6", "", ""), Ok(user(5, 6, &[], "/")));
+        assert_eq!(resolve("", "", ""), Ok(user(0, 0, &[0], "/")));
+        assert_eq!(resolve("5:6", "", ""), Ok(user(5, 6, &[6], "/")));
     }
 
     #[test]
