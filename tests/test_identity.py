@@ -166,6 +166,20 @@ def test_it_tells_what_an_instance_s_does(runner):
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", credentials[member])
 
 
+@pytest.mark.compat("guest.credentials")
+def test_a_static_binary_has_them_too(own):
+    archive = support.zip_with_program(APP.with_name("container-static"))
+    image = support.create_image(own, "static", support.upload(own, "static.zip", archive))["imageArn"]
+    support.wait_image(own, image, "CREATED")
+    guest = support.run_microvm(own, image, executionRoleArn=arn("reader"))
+    guest.wait("RUNNING")
+    said = dict(line.split(" ", 1) for line in guest.http("/metadata").text.splitlines())
+    status, credentials = said["credentials"].split(" ", 1)
+    assert (said["role"], status) == ("200 execution_role", "200")
+    assert still_good(own, json.loads(credentials))
+    guest.terminate()
+
+
 @pytest.mark.compat("guest.api")
 def test_an_sdk_that_is_told_nothing_runs_microvms_with_the_role(runner, image_arn):
     me = runner.sdk("sts", "get_caller_identity")
