@@ -304,14 +304,16 @@ def zip_directory(directory: Path) -> bytes:
     return zip_of({str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()})
 
 
-def zip_with_program(directory: Path) -> bytes:
-    """A directory with a Dockerfile and one program in C, which is in the archive as `program`: linked statically, it needs nothing around it."""
+def zip_with_program(directory: Path, dockerfile: str | None = None) -> bytes:
+    """A directory with a Dockerfile, or this one, and one program in C, which is in the archive as `program`: linked statically, it needs
+    nothing around it."""
     (source,) = directory.glob("*.c")
     with scratch() as made:
         command = ["cc", "-static", "-O2", "-Wall", "-Werror", "-o", str(made / "program"), str(source)]
         subprocess.run(command, check=True, timeout=60)
         files = {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
-        return zip_of(files | {"program": (made / "program").read_bytes()})
+        instead = {"Dockerfile": dockerfile} if dockerfile else {}
+        return zip_of(files | instead | {"program": (made / "program").read_bytes()})
 
 
 def upload(server: Server, key: str, data: bytes, bucket: str = "artifacts") -> str:
