@@ -3,13 +3,19 @@
 //! Two things must hold when a machine is admitted, be it a launch, a resume or the boot of a build:
 //!
 //! - What is promised to all machines that have a process fits the host. A clone shares what it does not change with its image, so that only a
-//!   part of its memory is promised: its size divided by the overcommit. A machine that is booted shares nothing.
+//!   part of its memory is promised: its size divided by the overcommit. The image's memory is promised along with the first of its clones,
+//!   until the last is gone. A machine that is booted shares nothing.
 //! - What is available now, by the kernel's estimate, is enough for this machine and for those that were admitted but have not started yet.
 //!   This notices what else the host is used for, and guests that use more than their part.
 //!
-//! The promise is a [`Reservation`], which is given back when it is dropped: two launches at once are never admitted to the same memory.
+//! The promise is a [`Reservation`], which is given back when it is dropped: two launches at once are never admitted to the same memory. What
+//! the engine keeps of images that nobody runs is not promised; it shows in what is available.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use crate::{error::ControlError, settings::CapacitySettings};
 
@@ -26,6 +32,26 @@ struct Ledger {
     promised_mib: u64,
     /// The part of it whose machines have not started.
     starting_mib: u64,
+    /// Memory of images that have clones, by their snapshots' directories.
+    images: HashMap<PathBuf, ImageMemory>,
+}
+
+#[derive(Debug)]
+struct ImageMemory {
+    mib: u64,
+    /// What of it is about to be loaded.
+    starting_mib: u64,
+    clones: usize,
+}
+
+/// The memory that all clones of an image share.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shared<'a> {
+    /// Directory of the snapshot.
+    pub snapshot: &'a Path,
+    pub bytes: u64,
+    /// What of it is not in the host's memory yet.
+    pub unloaded_bytes: u64,
 }
 
 /// The host's memory, in MiB.
@@ -77,14 +103,14 @@ impl Capacity {
         Arc::new(Self { settings, ledger: Mutex::default() })
     }
 
-    /// Promises memory to a clone with this much.
-    pub fn admit_clone(self: &Arc<Self>, memory_mib: u32) -> Result<Reservation, Shortage> {
-        self.admit(self.share(memory_mib), HostMemory::read())
+    /// Promises memory to a clone with this much, and to its image.
+    pub fn admit_clone(self: &Arc<Self>, memory_mib: u32, image: Option<Shared<'_>>) -> Result<Reservation, Shortage> {
+        self.admit(self.share(memory_mib), image, HostMemory::read())
     }
 
     /// Promises memory to a machine that is booted.
     pub fn admit_boot(self: &Arc<Self>, memory_mib: u32) -> Result<Reservation, Shortage> {
-        self.admit(memory_mib.into(), HostMemory::read())
+        self.admit(memory_mib.into(), None, HostMemory::read())
     }
 
     /// What a clone is promised of its memory.
@@ -99,24 +125,32 @@ impl Capacity {
     }
 
     /// A host that hides its memory admits everything.
-    fn admit(self: &Arc<Self>, needed_mib: u64, host: Option<HostMemory>) -> Result<Reservation, Shortage> {
+    fn admit(self: &Arc<Self>, own_mib: u64, image: Option<Shared<'_>>, host: Option<HostMemory>) -> Result<Reservation, Shortage> {
         let reserve_mib = self.settings.reserve_mib;
         let mut ledger = self.lock();
+        // Whoever came first has it promised and brings it in.
+        let new_image = image.filter(|image| !ledger.images.contains_key(image.snapshot));
+        let (image_mib, unloaded_mib) = new_image.map_or((0, 0), |image| (mib(image.bytes), mib(image.unloaded_bytes)));
         if let Some(limit_mib) = self.settings.limit_mib(host) {
-            let promised_mib = ledger.promised_mib;
+            let (promised_mib, needed_mib) = (ledger.promised_mib, own_mib + image_mib);
             if promised_mib + needed_mib > limit_mib {
                 return Err(Shortage::Promised { limit_mib, promised_mib, needed_mib });
             }
         }
         if let Some(host) = host {
-            let available_mib = host.available_mib.saturating_sub(ledger.starting_mib);
+            let (available_mib, needed_mib) = (host.available_mib.saturating_sub(ledger.starting_mib), own_mib + unloaded_mib);
             if available_mib < needed_mib + reserve_mib {
                 return Err(Shortage::Used { available_mib, reserve_mib, needed_mib });
             }
         }
-        ledger.promised_mib += needed_mib;
-        ledger.starting_mib += needed_mib;
-        Ok(Reservation { capacity: Arc::clone(self), promised_mib: needed_mib, starting: true })
+        ledger.promised_mib += own_mib + image_mib;
+        ledger.starting_mib += own_mib + unloaded_mib;
+        let image = image.map(|image| {
+            let new = || ImageMemory { mib: image_mib, starting_mib: unloaded_mib, clones: 0 };
+            ledger.images.entry(image.snapshot.to_owned()).or_insert_with(new).clones += 1;
+            image.snapshot.to_owned()
+        });
+        Ok(Reservation { capacity: Arc::clone(self), promised_mib: own_mib, image, starting: true })
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledger> {
@@ -124,11 +158,36 @@ impl Capacity {
     }
 }
 
+impl Ledger {
+    /// The image's memory is loaded, or will not be.
+    fn image_loaded(&mut self, snapshot: &Path) {
+        if let Some(image) = self.images.get_mut(snapshot) {
+            self.starting_mib -= std::mem::take(&mut image.starting_mib);
+        }
+    }
+
+    fn clone_gone(&mut self, snapshot: &Path) {
+        let Some(image) = self.images.get_mut(snapshot) else { return };
+        image.clones -= 1;
+        if image.clones == 0 {
+            self.promised_mib -= image.mib;
+            self.image_loaded(snapshot);
+            self.images.remove(snapshot);
+        }
+    }
+}
+
+fn mib(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
+}
+
 /// Memory that is promised to one machine.
 #[derive(Debug)]
 pub(crate) struct Reservation {
     capacity: Arc<Capacity>,
     promised_mib: u64,
+    /// Directory of the snapshot whose memory it shares.
+    image: Option<PathBuf>,
     starting: bool,
 }
 
@@ -136,15 +195,25 @@ impl Reservation {
     /// The machine runs: what it uses shows in what is available.
     pub fn started(&mut self) {
         if std::mem::take(&mut self.starting) {
-            self.capacity.lock().starting_mib -= self.promised_mib;
+            let mut ledger = self.capacity.lock();
+            ledger.starting_mib -= self.promised_mib;
+            if let Some(image) = &self.image {
+                ledger.image_loaded(image);
+            }
         }
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.started();
-        self.capacity.lock().promised_mib -= self.promised_mib;
+        let mut ledger = self.capacity.lock();
+        ledger.promised_mib -= self.promised_mib;
+        if self.starting {
+            ledger.starting_mib -= self.promised_mib;
+        }
+        if let Some(image) = &self.image {
+            ledger.clone_gone(image);
+        }
     }
 }
 
@@ -190,27 +259,27 @@ mod tests {
         let capacity = capacity(1.0);
         // As if none of them had touched its memory yet.
         let host = host(10_000, 1_200);
-        let first = capacity.admit(512, host).unwrap();
-        let mut second = capacity.admit(512, host).unwrap();
-        let refused = capacity.admit(512, host).unwrap_err();
+        let first = capacity.admit(512, None, host).unwrap();
+        let mut second = capacity.admit(512, None, host).unwrap();
+        let refused = capacity.admit(512, None, host).unwrap_err();
         assert_eq!(refused, Shortage::Used { available_mib: 176, reserve_mib: 100, needed_mib: 512 });
         drop(first);
         second.started();
         second.started();
-        capacity.admit(512, host).expect("one is gone, and what the other uses is not available any more");
+        capacity.admit(512, None, host).expect("one is gone, and what the other uses is not available any more");
     }
 
     #[test]
     fn what_is_promised_never_exceeds_the_host() {
         let capacity = capacity(1.0);
         let host = host(1_124, 1_124);
-        let mut running: Vec<_> = (0..2).map(|_| capacity.admit(512, host).unwrap()).collect();
+        let mut running: Vec<_> = (0..2).map(|_| capacity.admit(512, None, host).unwrap()).collect();
         running.iter_mut().for_each(Reservation::started);
-        let refused = capacity.admit(512, host).unwrap_err();
+        let refused = capacity.admit(512, None, host).unwrap_err();
         assert_eq!(refused, Shortage::Promised { limit_mib: 1_024, promised_mib: 1_024, needed_mib: 512 });
         assert!(refused.to_string().contains("terminate MicroVMs"), "{refused}");
         running.pop();
-        let _third = capacity.admit(512, host).unwrap();
+        let _third = capacity.admit(512, None, host).unwrap();
         drop(running);
         assert_eq!(capacity.lock().promised_mib, 512);
     }
@@ -224,11 +293,47 @@ mod tests {
         assert_eq!(capacity.lock().promised_mib, 1);
     }
 
+    /// What is promised, and what of it has not started.
+    fn promised(capacity: &Capacity) -> (u64, u64) {
+        let ledger = capacity.lock();
+        (ledger.promised_mib, ledger.starting_mib)
+    }
+
+    #[test]
+    fn the_memory_of_an_image_is_promised_once_for_all_of_its_clones() {
+        let capacity = capacity(1.0);
+        let host = host(2_000, 1_250);
+        let image = |name, bytes, unloaded_bytes| Some(Shared { snapshot: Path::new(name), bytes, unloaded_bytes });
+        let demo = image("demo", (400 << 20) - 1, (400 << 20) - 1);
+        let mut first = capacity.admit(500, demo, host).unwrap();
+        let refused = capacity.admit(500, demo, host).unwrap_err();
+        assert_eq!(refused, Shortage::Used { available_mib: 350, reserve_mib: 100, needed_mib: 500 }, "the first brings it in");
+        let refused = capacity.admit(100, image("other", 1_000 << 20, 0), host).unwrap_err();
+        assert_eq!(refused, Shortage::Promised { limit_mib: 1_900, promised_mib: 900, needed_mib: 1_100 });
+
+        first.started();
+        assert_eq!(promised(&capacity), (900, 0));
+        let mut second = capacity.admit(500, demo, host).unwrap();
+        drop(first);
+        assert_eq!(promised(&capacity), (900, 500));
+        second.started();
+        drop(second);
+        assert_eq!(promised(&capacity), (0, 0));
+
+        // The engine has kept it: it is not available any more, and not needed again.
+        let third = capacity.admit(1_000, image("demo", 400 << 20, 0), host).unwrap();
+        assert_eq!(promised(&capacity), (1_400, 1_000));
+        drop(third);
+        let never_started = capacity.admit(1, demo, host).unwrap();
+        drop(never_started);
+        assert_eq!(promised(&capacity), (0, 0));
+    }
+
     #[test]
     fn a_host_that_hides_its_memory_admits_what_the_settings_allow() {
         let settings = CapacitySettings { memory_mib: Some(1_000), reserve_mib: 0, overcommit: 1.0 };
         let capacity = Capacity::new(settings);
-        let _first = capacity.admit(600, None).unwrap();
-        assert!(matches!(capacity.admit(600, None), Err(Shortage::Promised { .. })));
+        let _first = capacity.admit(600, None, None).unwrap();
+        assert!(matches!(capacity.admit(600, None, None), Err(Shortage::Promised { .. })));
     }
 }

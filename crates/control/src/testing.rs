@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -49,6 +49,10 @@ pub struct FakeEngine {
     pub gate: watch::Sender<bool>,
     /// Suspends that wait at the gate can be cancelled there.
     pub cancels: AtomicBool,
+    /// Size of the snapshots that are captured.
+    pub memory_bytes: AtomicU64,
+    /// The memory of every snapshot is there.
+    pub loaded: AtomicBool,
     pub fail_boot: AtomicBool,
     pub fail_launch: AtomicBool,
     pub fail_suspend: AtomicBool,
@@ -117,6 +121,8 @@ impl FakeEngine {
             forgotten: AtomicUsize::new(0),
             gate,
             cancels: AtomicBool::new(true),
+            memory_bytes: AtomicU64::new(1000),
+            loaded: AtomicBool::new(false),
             fail_boot: AtomicBool::new(false),
             fail_launch: AtomicBool::new(false),
             fail_suspend: AtomicBool::new(false),
@@ -220,6 +226,10 @@ impl Engine for EngineHandle {
         Ok(self.0.machine(&spec.id, spec.dir, spec.snapshot.manifest.memory_mib))
     }
 
+    async fn unloaded_bytes(&self, snapshot: &Snapshot) -> u64 {
+        if self.0.loaded.load(Ordering::SeqCst) { 0 } else { snapshot.manifest.memory_bytes }
+    }
+
     async fn forget(&self, _snapshot: &Snapshot) {
         self.0.forgotten.fetch_add(1, Ordering::SeqCst);
     }
@@ -289,7 +299,7 @@ impl Machine for FakeMachine {
             return Err(CaptureError::Monitor("no capture".to_owned()));
         }
         let draft = self.dir.join("snapshot");
-        Ok(write_snapshot(&draft, &into, self.memory_mib).unwrap())
+        Ok(write_snapshot(&draft, &into, self.memory_mib, self.engine.memory_bytes.load(Ordering::SeqCst)).unwrap())
     }
 
     async fn suspend(self: Box<Self>, cancel: CancellationToken) -> Result<SuspendOutcome, SuspendError> {
@@ -321,7 +331,7 @@ impl Machine for FakeMachine {
     }
 }
 
-fn write_snapshot(draft: &Path, into: &Path, memory_mib: u32) -> io::Result<Snapshot> {
+fn write_snapshot(draft: &Path, into: &Path, memory_mib: u32, memory_bytes: u64) -> io::Result<Snapshot> {
     std::fs::create_dir_all(draft)?;
     std::fs::File::create(draft.join(MEMORY))?.set_len(u64::from(memory_mib) << 20)?;
     for name in [DEVICE_STATE, ROOTFS, BOOT_OVERLAY, EMPTY_OVERLAY] {
@@ -334,7 +344,7 @@ fn write_snapshot(draft: &Path, into: &Path, memory_mib: u32) -> io::Result<Snap
         memory_mib,
         kit: "kit".to_owned(),
         marker: BOOT_MARKER,
-        memory_bytes: 1000,
+        memory_bytes,
         device_state_bytes: 1,
         disk_bytes: 300,
         sha256: BTreeMap::new(),

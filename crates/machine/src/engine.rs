@@ -33,6 +33,9 @@ pub trait Engine: Send + Sync {
     /// Starts a machine in the state of a snapshot, or in the state it was suspended in. The guest has said `Ready` when this returns.
     async fn launch(&self, spec: LaunchSpec) -> Result<Box<dyn Machine>, LaunchError>;
 
+    /// Host memory, in bytes, that the next launch of this snapshot takes for all of its clones together; none if it is there already.
+    async fn unloaded_bytes(&self, snapshot: &Snapshot) -> u64;
+
     /// Releases what the engine keeps for a snapshot that is about to be deleted (shared memory, prepared machines).
     async fn forget(&self, snapshot: &Snapshot);
 

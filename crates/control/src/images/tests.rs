@@ -197,7 +197,7 @@ async fn a_host_without_memory_refuses_sizes_and_builds() {
     sized("tight", 4096).await.unwrap();
     assert_eq!(world.settled("tight").await.state, ImageState::CreateFailed);
     let reason = world.build_reason("tight").await;
-    assert!(reason.starts_with("INTERNAL_PLATFORM_ERROR: ") && reason.contains("512 MiB are promised"), "{reason}");
+    assert!(reason.starts_with("INTERNAL_PLATFORM_ERROR: ") && reason.contains("513 MiB are promised"), "{reason}");
     assert_eq!(world.get(&vm.id).await.state, MicrovmState::Running);
 }
 

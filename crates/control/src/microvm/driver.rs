@@ -331,8 +331,7 @@ impl Driver {
     async fn resume(&mut self) -> Result<(), CallError> {
         // A snapshot that cannot be opened is found to be so by the launch.
         let snapshot = self.shared.snapshots.get(&self.record.image_id, self.record.number).await;
-        let memory_mib = snapshot.map_or(0, |snapshot| snapshot.manifest.memory_mib);
-        let promised = match self.shared.capacity.admit_clone(memory_mib) {
+        let promised = match self.shared.admit(snapshot.ok().as_deref(), 0).await {
             Ok(promised) => promised,
             Err(shortage) => {
                 // Those who wait are told; it sleeps on as before.

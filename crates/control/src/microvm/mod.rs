@@ -50,7 +50,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use hearth_machine::{Dial, DialError, Engine, GuestStream, Target};
+use hearth_machine::{Dial, DialError, Engine, GuestStream, Snapshot, Target};
 use hearth_store::{Store, StoreError};
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
@@ -61,7 +61,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     arn::{allows_http, check_shell},
-    capacity::{Capacity, Reservation, Shortage},
+    capacity::{self, Capacity, Reservation, Shortage},
     connectors::Policies,
     error::ControlError,
     hooks::Hooks,
@@ -97,6 +97,16 @@ pub(crate) struct Shared {
     /// Counts what observers could see change.
     pub changes: watch::Sender<u64>,
     pub tasks: TaskTracker,
+}
+
+impl Shared {
+    /// Promises memory to a clone of a snapshot, or so much if there is none.
+    pub async fn admit(&self, snapshot: Option<&Snapshot>, memory_mib: u32) -> Result<Reservation, Shortage> {
+        let Some(snapshot) = snapshot else { return self.capacity.admit_clone(memory_mib, None) };
+        let unloaded_bytes = self.engine.unloaded_bytes(snapshot).await;
+        let image = capacity::Shared { snapshot: &snapshot.dir, bytes: snapshot.manifest.memory_bytes, unloaded_bytes };
+        self.capacity.admit_clone(snapshot.manifest.memory_mib, Some(image))
+    }
 }
 
 /// A MicroVM with what the API does not show.

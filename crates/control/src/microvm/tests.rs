@@ -573,7 +573,7 @@ async fn cramped(memory_mib: u64) -> World {
 async fn a_host_without_memory_refuses_to_run_and_to_wake() {
     let world = cramped(1000).await;
     let refused = async || match world.control.run_microvm(&caller(), run("demo", None)).await {
-        Err(ControlError::InsufficientCapacity(text)) => text.contains("512 MiB are promised"),
+        Err(ControlError::InsufficientCapacity(text)) => text.contains("513 MiB are promised"),
         other => panic!("{other:?}"),
     };
     let first = world.run(idle(60, 600, true)).await;
@@ -593,6 +593,27 @@ async fn a_host_without_memory_refuses_to_run_and_to_wake() {
     world.reaches(&second.id, Terminated).await;
     assert_eq!(within("the answer", world.connect(&first)).await.unwrap(), first.id);
     assert!(refused().await);
+}
+
+#[tokio::test]
+async fn the_memory_of_an_image_counts_once_for_all_of_its_microvms() {
+    let world = cramped(1400).await;
+    world.engine.memory_bytes.store(300 << 20, Ordering::SeqCst);
+    for name in ["one", "two"] {
+        world.build(name).await;
+    }
+    let try_run = async |name| world.control.run_microvm(&caller(), run(name, None)).await;
+    let end = async |vm: Microvm| {
+        world.control.terminate_microvm(&caller(), &vm.id).await.unwrap();
+        world.reaches(&vm.id, Terminated).await;
+    };
+    let first = try_run("one").await.unwrap();
+    let second = try_run("one").await.expect("two MicroVMs and their image");
+    end(first).await;
+    let refused = try_run("two").await;
+    assert!(matches!(&refused, Err(ControlError::InsufficientCapacity(text)) if text.contains("needs 812 MiB")), "{refused:?}");
+    end(second).await;
+    try_run("two").await.expect("the image of those that are gone counts no more");
 }
 
 #[tokio::test]

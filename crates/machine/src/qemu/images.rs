@@ -47,6 +47,11 @@ impl Images {
         let _ = self.entry(&snapshot.dir).await.set(Arc::new(memory));
     }
 
+    /// Whether the sealed copy of a snapshot's memory is there.
+    pub async fn holds(&self, snapshot_dir: &Path) -> bool {
+        self.entries.lock().await.iter().any(|(dir, entry)| dir == snapshot_dir && entry.initialized())
+    }
+
     /// Drops the copy of a snapshot; machines that use it keep it until they end.
     pub async fn forget(&self, snapshot_dir: &Path) {
         self.entries.lock().await.retain(|(dir, _)| dir != snapshot_dir);

@@ -389,6 +389,10 @@ impl Engine for Qemu {
         Ok(Box::new(parts.begin::<LaunchError>(marker, READY).await?))
     }
 
+    async fn unloaded_bytes(&self, snapshot: &Snapshot) -> u64 {
+        if self.shared.images.holds(&snapshot.dir).await { 0 } else { snapshot.manifest.memory_bytes }
+    }
+
     async fn forget(&self, snapshot: &Snapshot) {
         self.shared.images.forget(&snapshot.dir).await;
     }
