@@ -294,6 +294,21 @@ def test_a_large_file_goes_both_ways(vm: Microvm, tmp_path: Path):
     output(vm, "rm", "/var/tmp/large")
 
 
+def test_a_shell_and_a_command_wake_it(vm: Microvm):
+    def suspend():
+        vm.client.suspend_microvm(microvmIdentifier=vm.id)
+        vm.wait("SUSPENDED")
+
+    suspend()
+    assert output(vm, "echo", "awake") == "awake\n"
+    suspend()
+    with open_shell(vm) as shell:
+        assert json.loads(shell.recv(timeout=PATIENCE))["type"] == "session_init"
+        shell.send(b"echo a$((1 + 1))wake\n")
+        read_until(shell, "a2wake")
+    assert vm.state() == "RUNNING"
+
+
 def test_ports_are_forwarded_and_wake(vm: Microvm):
     base = [str(HEARTH), "--data-dir", str(vm.server.data_dir)]
     echo = [*base, "exec", vm.id, "--", "python3", "-c", ECHO_AFTER_THE_END]

@@ -4,7 +4,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     process::ExitCode,
     str::FromStr,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -19,9 +19,8 @@ use tokio::{
 use super::tunnel::Endpoint;
 use crate::client::Client;
 
-/// Life of a token, and when another is asked for.
+/// Life of a token, as long as there are.
 const TOKEN_MINUTES: u32 = 60;
-const TOKEN_RENEWAL: Duration = Duration::from_secs(45 * 60);
 
 /// `hearth forward`.
 #[derive(Debug, Args)]
@@ -62,28 +61,53 @@ impl FromStr for Forward {
     }
 }
 
-/// A token for a port, renewed in time.
+/// A token that is good for a while: nobody knows for how long, since hosts sleep and change their clocks.
+#[derive(Default)]
+struct Pass(Mutex<Option<HeaderValue>>);
+
+impl Pass {
+    /// Enters with the present token, and if that is not good any more with a fresh one. `enter` says `None` to a token that is not good.
+    async fn enter<T, M, E>(&self, make: impl Fn() -> M, enter: impl Fn(HeaderValue) -> E) -> anyhow::Result<T>
+    where
+        M: Future<Output = anyhow::Result<HeaderValue>>,
+        E: Future<Output = anyhow::Result<Option<T>>>,
+    {
+        let token = self.other_than(None, &make).await?;
+        if let Some(entered) = enter(token.clone()).await? {
+            return Ok(entered);
+        }
+        let token = self.other_than(Some(&token), &make).await?;
+        enter(token).await?.context("the endpoint refuses a fresh token: is the MicroVM still there, and does it let HTTP in?")
+    }
+
+    /// The present token, or a fresh one if that is the one that was refused. Several who find out together make one.
+    async fn other_than<M>(&self, refused: Option<&HeaderValue>, make: impl Fn() -> M) -> anyhow::Result<HeaderValue>
+    where
+        M: Future<Output = anyhow::Result<HeaderValue>>,
+    {
+        let mut present = self.0.lock().await;
+        match &*present {
+            Some(token) if Some(token) != refused => Ok(token.clone()),
+            _ => Ok(present.insert(make().await?).clone()),
+        }
+    }
+}
+
+/// A port, and the token for it.
 struct Door {
     endpoint: Endpoint,
     port: u16,
-    token: Mutex<Option<(Instant, HeaderValue)>>,
+    pass: Pass,
 }
 
 impl Door {
     async fn token(&self) -> anyhow::Result<HeaderValue> {
-        let mut token = self.token.lock().await;
-        match &*token {
-            Some((made, token)) if made.elapsed() < TOKEN_RENEWAL => Ok(token.clone()),
-            _ => {
-                let fresh = self.endpoint.port_token(self.port, TOKEN_MINUTES).await?;
-                Ok(token.insert((Instant::now(), fresh)).1.clone())
-            }
-        }
+        self.endpoint.port_token(self.port, TOKEN_MINUTES).await
     }
 
     async fn carry(&self, mut near: TcpStream) -> anyhow::Result<()> {
         near.set_nodelay(true)?;
-        let mut far = self.endpoint.tcp(self.port, self.token().await?).await?;
+        let mut far = self.pass.enter(|| self.token(), |token| self.endpoint.tcp(self.port, token)).await?;
         // Each direction ends on its own; a connection that breaks is everyday life.
         let _ = copy_bidirectional(&mut near, &mut far).await;
         Ok(())
@@ -96,9 +120,9 @@ pub async fn run(client: Client, args: ForwardArgs) -> anyhow::Result<ExitCode> 
     for forward in args.ports {
         let listener = TcpListener::bind((forward.address, forward.local)).await;
         let listener = listener.with_context(|| format!("listening on {}:{}", forward.address, forward.local))?;
-        let door = Door { endpoint: endpoint.clone(), port: forward.remote, token: Mutex::new(None) };
+        let door = Door { endpoint: endpoint.clone(), port: forward.remote, pass: Pass::default() };
         // Says at once what would else be said to every connection.
-        door.token().await?;
+        door.pass.other_than(None, || door.token()).await?;
         println!("{} -> {} port {}", listener.local_addr()?, endpoint.id, forward.remote);
         tokio::spawn(serve(listener, std::sync::Arc::new(door)));
     }
@@ -128,7 +152,41 @@ async fn serve(listener: TcpListener, door: std::sync::Arc<Door>) {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        collections::BTreeSet,
+        sync::{
+            Mutex as StdMutex,
+            atomic::{AtomicUsize, Ordering},
+        },
+    };
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_token_is_kept_until_it_is_refused_and_then_made_once() {
+        let (made, good) = (AtomicUsize::new(0), StdMutex::new(BTreeSet::new()));
+        let make = async || {
+            let token = made.fetch_add(1, Ordering::Relaxed).to_string();
+            good.lock().unwrap().insert(token.clone());
+            tokio::task::yield_now().await;
+            Ok(HeaderValue::try_from(token)?)
+        };
+        let enter = async |token: HeaderValue| {
+            tokio::task::yield_now().await;
+            Ok(good.lock().unwrap().contains(token.to_str()?).then(|| token.clone()))
+        };
+        let pass = Pass::default();
+        for _ in 0..2 {
+            assert_eq!(pass.enter(make, enter).await.unwrap(), "0");
+        }
+        good.lock().unwrap().clear();
+        let (first, second) = tokio::join!(pass.enter(make, enter), pass.enter(make, enter));
+        assert_eq!((first.unwrap(), second.unwrap()), (HeaderValue::from_static("1"), HeaderValue::from_static("1")));
+        assert_eq!(
+            pass.enter(make, async |_| Ok(None::<()>)).await.unwrap_err().to_string().split(':').next(),
+            Some("the endpoint refuses a fresh token")
+        );
+    }
 
     #[test]
     fn ports_are_read_as_ssh_and_docker_write_them() {

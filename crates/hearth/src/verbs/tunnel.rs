@@ -75,8 +75,8 @@ impl Endpoint {
         self.token("auth-token", json!({"expirationInMinutes": minutes, "allowedPorts": [{"port": port}]})).await
     }
 
-    /// Connects to a port with a token for it.
-    pub async fn tcp(&self, port: u16, token: HeaderValue) -> anyhow::Result<TokioIo<Upgraded>> {
+    /// Connects to a port with a token for it; `None` if the token is not good, or no more.
+    pub async fn tcp(&self, port: u16, token: HeaderValue) -> anyhow::Result<Option<TokioIo<Upgraded>>> {
         let (mut sender, connection) = http1::handshake(TokioIo::new(self.tls().await?)).await.context("speaking to the endpoint")?;
         tokio::spawn(connection.with_upgrades());
         let request = Request::builder()
@@ -88,10 +88,11 @@ impl Endpoint {
             .header("x-aws-proxy-port", port)
             .body(Empty::<Bytes>::new())?;
         let response = sender.send_request(request).await.context("speaking to the endpoint")?;
-        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            bail!("port {port}: {}", refusal(&self.id, response.status()));
+        match response.status() {
+            StatusCode::SWITCHING_PROTOCOLS => Ok(Some(TokioIo::new(hyper::upgrade::on(response).await?))),
+            StatusCode::FORBIDDEN => Ok(None),
+            status => bail!("port {port}: {}", refusal(&self.id, status)),
         }
-        Ok(TokioIo::new(hyper::upgrade::on(response).await?))
     }
 
     async fn token(&self, kind: &str, request: serde_json::Value) -> anyhow::Result<HeaderValue> {
