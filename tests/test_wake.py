@@ -30,8 +30,8 @@ def head(microvm, path: str) -> bytes:
 
 
 def test_many_requests_at_once_to_one_that_sleeps(server, run):
-    """As many as an emulated processor answers in a moment; the domain's own tests have a thousand wait."""
-    count, wanted = 300, 4096
+    """A thousand: each is a connection of its own."""
+    count, wanted = 1000, 4096
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))
     microvm = asleep(run)
@@ -49,6 +49,7 @@ def test_many_requests_at_once_to_one_that_sleeps(server, run):
     async def watch() -> None:
         while True:
             processes.update(await asyncio.to_thread(lambda: [pid for pid, line in support.command_lines() if microvm.id in line]))
+            await asyncio.sleep(0.1)
 
     async def everyone() -> list[bytes]:
         watcher = asyncio.create_task(watch())
