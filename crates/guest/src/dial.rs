@@ -6,14 +6,16 @@ use std::{
 };
 
 use hearth_guest_protocol::{Carrier, DialReply, Stream, WireError, write_message};
-use tokio::{io::copy_bidirectional, net::TcpStream};
+use tokio::net::TcpStream;
+
+use crate::splice::splice;
 
 /// Connects, answers, then copies until both directions have ended, or one side broke. Half-closes are passed on.
 pub async fn serve(mut stream: Stream, port: u16) -> Result<(), WireError> {
     match connect(port).await {
-        Ok(mut connection) => {
+        Ok(connection) => {
             write_message(&mut stream, &DialReply::Connected).await?;
-            copy_bidirectional(&mut Carrier::new(stream), &mut connection).await?;
+            splice(Carrier::new(stream), connection).await?;
         }
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => write_message(&mut stream, &DialReply::Refused).await?,
         Err(error) => write_message(&mut stream, &DialReply::Failed { reason: error.to_string() }).await?,

@@ -26,6 +26,7 @@ mod metadata;
 mod network;
 mod port;
 mod session;
+mod splice;
 mod trim;
 mod uevent;
 

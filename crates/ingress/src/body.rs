@@ -13,29 +13,30 @@ use hyper::body::Incoming;
 use tokio::{sync::Notify, time::timeout};
 use tracing::{Span, debug};
 
-use crate::{app::App, error::Side, linger::StillSending};
+use crate::{app::App, error::Side, linger::Unwanted};
 
 /// How long an application may take to decide whether it wants a body. Many never say, so the body is sent then (RFC 9110, 10.1.1).
 const DECISION: Duration = Duration::from_secs(1);
 
-/// A request's body. Dropped before its end, it notes that the client may still be sending.
+/// A request's body. Dropped before its end, it sees to what the client is still sending.
 pub(crate) struct Upload {
     /// Absent where the request has none.
     body: Option<Incoming>,
     ended: bool,
-    client: StillSending,
+    /// Takes the rest; absent with the body.
+    unwanted: Option<Unwanted>,
     /// Until then nothing is taken from the client, which is not told to continue either.
     held: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
 impl Upload {
-    pub(crate) fn new(body: Incoming, client: StillSending) -> Self {
-        Self { body: Some(body), ended: false, client, held: None }
+    pub(crate) fn new(body: Incoming, unwanted: Unwanted) -> Self {
+        Self { body: Some(body), ended: false, unwanted: Some(unwanted), held: None }
     }
 
     /// The body of a request that is sent once more.
     pub(crate) fn empty() -> Self {
-        Self { body: None, ended: true, client: StillSending::default(), held: None }
+        Self { body: None, ended: true, unwanted: None, held: None }
     }
 
     /// Waits with the body until the application says that it wants it.
@@ -72,8 +73,11 @@ impl Body for Upload {
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if !self.ended && !self.is_end_stream() {
-            self.client.set();
+        if self.ended || self.is_end_stream() {
+            return;
+        }
+        if let (Some(body), Some(unwanted)) = (self.body.take(), &self.unwanted) {
+            unwanted.leave(body);
         }
     }
 }

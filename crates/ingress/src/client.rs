@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use crate::{
-    linger::{Linger, StillSending},
+    linger::{Linger, StillSending, Unwanted},
     listen::Server,
     proxy::Peer,
 };
@@ -50,7 +50,7 @@ impl Server {
 
     async fn http1(&self, stream: TlsStream<TcpStream>) {
         let sending = StillSending::default();
-        let peer = Arc::new(Peer::new(&stream, sending.clone()));
+        let peer = Arc::new(Peer::new(&stream, Unwanted::Connection(sending.clone())));
         let service = service_fn(|request| {
             let answer = self.proxy.clone().handle(peer.clone(), request);
             async { Ok::<_, Infallible>(answer.await) }
@@ -80,8 +80,7 @@ impl Server {
     }
 
     async fn http2(&self, stream: TlsStream<TcpStream>) {
-        // After an early answer the rest of an upload is refused with a reset of its stream alone, so nothing lingers.
-        let peer = Arc::new(Peer::new(&stream, StillSending::default()));
+        let peer = Arc::new(Peer::new(&stream, Unwanted::Stream(self.proxy.tasks.clone())));
         let service = service_fn(|request| {
             let answer = self.proxy.clone().handle(peer.clone(), request);
             async { Ok::<_, Infallible>(answer.await) }

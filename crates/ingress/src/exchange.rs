@@ -1,6 +1,9 @@
 //! A stream that carries one HTTP exchange: HTTP says by itself where a message ends, so its sending side is not ended before the stream is.
 //!
 //! hyper ends the sending side when a request is out. To an HTTP server that is a client who has left (Go's cancels what it does for it).
+//!
+//! An application may answer early and close without having read the whole request. hyper gives up when it cannot write, and with that the
+//! answer that is there to be read; so what the application refuses goes nowhere, and how the exchange ended is said to those who read.
 
 use std::{
     io::{self, IoSlice},
@@ -9,17 +12,32 @@ use std::{
 };
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tracing::debug;
 
 /// The stream. Dropping it tells the other side.
 pub(crate) struct Exchange<S> {
     stream: S,
     /// It may become a tunnel, whose ends are passed on one by one.
     tunnel: bool,
+    /// The application takes no more.
+    refused: bool,
 }
 
 impl<S> Exchange<S> {
     pub(crate) fn new(stream: S, tunnel: bool) -> Self {
-        Self { stream, tunnel }
+        Self { stream, tunnel, refused: false }
+    }
+
+    /// Has a failed write look as if all `bytes` had been written.
+    fn written(&mut self, bytes: usize, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match result {
+            Poll::Ready(Err(error)) if !self.tunnel => {
+                debug!(%error, "the application takes no more of the request");
+                self.refused = true;
+                Poll::Ready(Ok(bytes))
+            }
+            other => other,
+        }
     }
 }
 
@@ -31,11 +49,20 @@ impl<S: AsyncRead + Unpin> AsyncRead for Exchange<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Exchange<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        if self.refused {
+            return Poll::Ready(Ok(buf.len()));
+        }
+        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.written(buf.len(), result)
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let bytes = bufs.iter().map(|buf| buf.len()).sum();
+        if self.refused {
+            return Poll::Ready(Ok(bytes));
+        }
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.written(bytes, result)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -43,7 +70,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Exchange<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        if self.refused {
+            return Poll::Ready(Ok(()));
+        }
+        let result = Pin::new(&mut self.stream).poll_flush(cx);
+        self.written(0, result.map_ok(|()| 0)).map_ok(|_| ())
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -72,5 +103,18 @@ mod tests {
         let mut tunnel = Exchange::new(near, true);
         tunnel.shutdown().await.unwrap();
         assert_eq!(far.read(&mut [0; 1]).await.unwrap(), 0, "a tunnel's sides end one by one");
+    }
+
+    #[tokio::test]
+    async fn what_the_application_refuses_does_not_cost_its_answer() {
+        let (near, mut far) = tokio::io::duplex(64);
+        far.write_all(b"answer").await.unwrap();
+        drop(far);
+        let mut exchange = Exchange::new(near, false);
+        exchange.write_all(&[0; 1000]).await.unwrap();
+        exchange.flush().await.unwrap();
+        let mut answer = String::new();
+        exchange.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, "answer");
     }
 }

@@ -1,5 +1,6 @@
-//! Closes a connection so that the answer arrives. A client that is still sending when we close would be met with a reset, which
-//! throws away what it has not read yet; so after an early answer its bytes are read and discarded for a moment (RFC 9112, 9.6).
+//! Ends an exchange so that an early answer arrives. A client that is still sending would be met with a reset, which throws away what it has
+//! not read yet; so its bytes are read and discarded for a moment: an HTTP/1.1 connection's (RFC 9112, 9.6), and an HTTP/2 stream's too,
+//! because many clients take the reset of a stream for the failure of their request.
 
 use std::{
     io::{self, IoSlice},
@@ -12,10 +13,13 @@ use std::{
     time::Duration,
 };
 
+use http_body::Body;
+use http_body_util::BodyExt;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Sleep, sleep},
+    time::{Sleep, sleep, timeout},
 };
+use tokio_util::task::TaskTracker;
 
 /// How long a client may take to notice.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -28,6 +32,32 @@ impl StillSending {
     pub(crate) fn set(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// What becomes of the rest of an upload that nobody wants.
+#[derive(Debug, Clone)]
+pub(crate) enum Unwanted {
+    /// The connection lingers when it is closed.
+    Connection(StillSending),
+    /// The stream is read on by a task of its own, then reset.
+    Stream(TaskTracker),
+}
+
+impl Unwanted {
+    /// Takes the rest of an upload.
+    pub(crate) fn leave(&self, rest: impl Body + Send + Unpin + 'static) {
+        match self {
+            Self::Connection(client) => client.set(),
+            Self::Stream(tasks) => {
+                tasks.spawn(timeout(PATIENCE, discard(rest)));
+            }
+        }
+    }
+}
+
+/// Returns at the body's end, or where it breaks.
+async fn discard(mut body: impl Body + Unpin) {
+    while let Some(Ok(_)) = body.frame().await {}
 }
 
 /// A stream that lingers when it is shut down, if its client may still be sending.

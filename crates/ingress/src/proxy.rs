@@ -25,7 +25,7 @@ use crate::{
     exchange::Exchange,
     headers, host,
     limits::{Limiter, Pace, Slots},
-    linger::StillSending,
+    linger::Unwanted,
     meter::Metered,
     outbound,
     ports::{Ports, hints_at_tls},
@@ -53,14 +53,15 @@ pub(crate) struct Proxy {
 pub(crate) struct Peer {
     /// The name that the TLS client asked for.
     server_name: Option<String>,
-    sending: StillSending,
+    /// Takes what the client sends for nothing.
+    unwanted: Unwanted,
     /// Freed with the connection and whatever became of it.
     slots: Slots,
 }
 
 impl Peer {
-    pub(crate) fn new(stream: &TlsStream<TcpStream>, sending: StillSending) -> Self {
-        Self { server_name: stream.get_ref().1.server_name().map(str::to_owned), sending, slots: Slots::default() }
+    pub(crate) fn new(stream: &TlsStream<TcpStream>, unwanted: Unwanted) -> Self {
+        Self { server_name: stream.get_ref().1.server_name().map(str::to_owned), unwanted, slots: Slots::default() }
     }
 }
 
@@ -95,7 +96,7 @@ impl Proxy {
             _ => Offer::default(),
         };
         let client_upgrade = upgrade::on(&mut request);
-        let mut request = request.map(|body| Upload::new(body, peer.sending.clone()));
+        let mut request = request.map(|body| Upload::new(body, peer.unwanted.clone()));
 
         let endpoint = host::endpoint(&request, peer.server_name.as_deref())?;
         let admission = self.authenticate(&endpoint, &request, &offer)?;
