@@ -65,7 +65,16 @@ def in_a_fork(what) -> dict:
     return said
 
 
-def draw() -> dict:
+def openssl_poll() -> None:
+    """`RAND_poll`, which Python has no name for: of the library that its module uses."""
+    (library,) = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libcrypto.so" in line}
+    assert ctypes.CDLL(library).RAND_poll() == 1
+
+
+REMEDIES = {"RAND_add": lambda: ssl.RAND_add(os.urandom(32), 32), "RAND_poll": openssl_poll}
+
+
+def draw(remedy: str) -> dict:
     """What this process draws first of all in its clone, then what new processes do, then itself with fresh bytes."""
     said = {"as it is": generators()}
     with open("/dev/urandom", "rb", buffering=0) as device:
@@ -77,7 +86,7 @@ def draw() -> dict:
     said["boot_id"] = BOOT_ID.read_text()
     said["fork"] = in_a_fork(lambda: {"openssl": ssl.RAND_bytes(16).hex(), "tls": tls_secrets()})
     said["new process"] = subprocess.run(NEW_PROCESS, stdout=subprocess.PIPE, text=True, check=True).stdout
-    ssl.RAND_add(os.urandom(32), 32)
+    REMEDIES[remedy]()
     random.seed()
     said["with fresh bytes"] = generators()
     said["generation"] = GENERATION.read_text()
@@ -203,7 +212,8 @@ class App(BaseHTTPRequestHandler):
 
     def do_GET(self):
         tell = {
-            "/draw": draw,
+            "/draw/RAND_add": lambda: draw("RAND_add"),
+            "/draw/RAND_poll": lambda: draw("RAND_poll"),
             "/clocks": clocks,
             "/sleepers": lambda: App.sleepers.report(),
             "/connections": lambda: App.connections.report(),
