@@ -18,6 +18,7 @@ import support
 APPS = Path(__file__).with_name("apps")
 APP = APPS / "container"
 LINES = 100_000
+GROUP = "/aws/lambda-microvms/"
 ROLE = {"executionRoleArn": "arn:aws:iam::000000000000:role/app"}
 SHELLS = {"ingressNetworkConnectors": ["arn:aws:lambda:us-east-1:aws:network-connector:aws-network-connector:ALL_INGRESS"]}
 
@@ -79,7 +80,8 @@ def plain(server):
 @pytest.fixture(scope="module")
 def static(server):
     archive = support.zip_with_program(APPS / "container-static")
-    yield from starter(server, build(server, "container-static", archive, environmentVariables={"OVERRIDDEN": "request"}))
+    options = {"environmentVariables": {"OVERRIDDEN": "request"}, "logging": {"cloudWatch": {"logGroup": "/builds"}}}
+    yield from starter(server, build(server, "container-static", archive, **options))
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +108,20 @@ def guest(start) -> Guest:
     return start(**ROLE, **SHELLS)
 
 
-def logged(server, image_name: str, guest: Guest, last: str) -> list[str]:
-    """What the CloudWatch Logs API has of a MicroVM, once a certain line is there."""
+def named_log(group: str, stream: str) -> dict:
+    return {"cloudWatch": {"logGroup": group, "logStream": stream}}
+
+
+def streams(server, group: str) -> list[str]:
+    return [stream["logStreamName"] for stream in server.client("logs").describe_log_streams(logGroupName=group)["logStreams"]]
+
+
+def logged(server, group: str, part: str, last: str) -> list[str]:
+    """What the CloudWatch Logs API has in the stream whose name has this part, once a certain line is there."""
     logs = server.client("logs")
-    group = f"/aws/lambda-microvms/{image_name}"
 
     def read() -> list[str] | None:
-        streams = [stream["logStreamName"] for stream in logs.describe_log_streams(logGroupName=group)["logStreams"]]
-        (stream,) = [name for name in streams if guest.id in name]
+        (stream,) = [name for name in streams(server, group) if part in name]
         messages, page = [], {"nextForwardToken": None}
         while True:
             token = page["nextForwardToken"]
@@ -225,7 +233,22 @@ class TestEitherProgram:
         answers.append(guest.http("/facts"))
         assert [(answer.status, answer.body) for answer in answers] == [(502, b"")] * 3
         expected = [line for _, lines in ODD_OUTPUT for line in lines]
-        assert logged(server, image_name, guest, expected[-1]) == expected
+        assert logged(server, f"{GROUP}{image_name}", guest.id, expected[-1]) == expected
+
+
+@pytest.mark.compat("logs.destination", "logs.role")
+def test_its_lines_go_where_its_owner_says_and_not_where_the_image_s_builds_go(server, static):
+    """SPEC 13.1: what the image says is for its builds; a name is taken as it is; without a role or a wish nothing is shown."""
+    default, named, disabled, nobody = static(**ROLE), static(**ROLE, logging=named_log("/mine", "one")), static(**ROLE, logging={"disabled": {}}), static()
+    for guest in (default, named, disabled, nobody):
+        guest.say("stdout", f"{guest.id}\n".encode())
+        support.eventually(lambda: f"{guest.id}\n" in server.hearth("logs", guest.id).stdout, "the operator's copy")
+    group = f"{GROUP}container-static"
+    assert default.id in logged(server, group, default.id, default.id)
+    assert logged(server, "/mine", "one", named.id) == [named.id]
+    shown = " ".join(streams(server, group) + streams(server, "/mine") + streams(server, "/builds"))
+    assert [guest.id in shown for guest in (default, named, disabled, nobody)] == [True, False, False, False]
+    assert len(streams(server, "/builds")) == 2, "the Dockerfile's run, and the boot"
 
 
 class TestAContainer:

@@ -54,7 +54,8 @@ def seen(microvm: Microvm) -> list[dict]:
 
 @pytest.mark.compat("hook.order", "hook.transport", "hook.run-body", "hook.resume-holds", "hook.stop-signal")
 def test_an_app_is_told_of_its_life_in_order(server, python_image):
-    payload = json.dumps({"tenant": "ä"})
+    # As long as it may be, in code points.
+    payload = "ä🔥" * 2048
     microvm = support.run_microvm(server, python_image, runHookPayload=payload, idlePolicy=idle_policy())
     microvm.wait("RUNNING")
     calls = seen(microvm)
