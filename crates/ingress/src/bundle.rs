@@ -34,7 +34,7 @@ mod tests {
     #[test]
     fn ours_follow_the_system_s() {
         let temp = tempfile::tempdir().unwrap();
-        let ca = LocalCa::load_or_create(&temp.path().join("ca")).unwrap();
+        let ca = LocalCa::load_or_create(&temp.path().join("ca"), "localhost").unwrap();
         let system = temp.path().join("system.pem");
         fs::write(&system, "# without a last newline").unwrap();
         let into = temp.path().join("ca-bundle.pem");

@@ -1,13 +1,16 @@
-//! The local certificate authority: made at first start, trusted by whoever takes `ca.pem`, and able to name any endpoint.
+//! The local certificate authority: made at first start, trusted by whoever takes `ca.pem`, and able to name any endpoint, but nothing else:
+//! whoever steals its key can be an endpoint to those who trust it, and not their bank (RFC 5280, 4.2.1.10).
 
 use std::{
     fs, io,
+    net::Ipv6Addr,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CidrSubnet, DistinguishedName, DnType, ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, NameConstraints,
 };
 use rustls::{
     crypto::ring::sign::any_ecdsa_type,
@@ -15,6 +18,11 @@ use rustls::{
     sign::CertifiedKey,
 };
 use time::{Duration, OffsetDateTime};
+use x509_parser::{
+    certificate::X509Certificate,
+    extensions::GeneralName,
+    prelude::{FromDer, X509Error},
+};
 
 use crate::files;
 
@@ -55,6 +63,18 @@ pub enum CaError {
         /// What is wrong with it.
         reason: String,
     },
+    /// the authority was made for another domain
+    #[error(
+        "{} may not name endpoints of {domain}: clients would refuse them. `hearth trust --undo` if you trusted it, remove it and ca.key to have a new \
+         authority made, and trust that one",
+        path.display()
+    )]
+    OtherDomain {
+        /// The authority's certificate.
+        path: PathBuf,
+        /// The domain of the endpoints.
+        domain: String,
+    },
     /// a certificate cannot be made
     #[error("cannot make a certificate for {names}: {reason}")]
     Issue {
@@ -79,8 +99,9 @@ impl std::fmt::Debug for LocalCa {
 }
 
 impl LocalCa {
-    /// Reads the authority in a directory, or makes it.
-    pub fn load_or_create(dir: &Path) -> Result<Self, CaError> {
+    /// Reads the authority in a directory, or makes it, for endpoints below a domain and for this host. One that was made before authorities
+    /// were limited goes on.
+    pub fn load_or_create(dir: &Path, domain: &str) -> Result<Self, CaError> {
         let (certificate, key) = (dir.join("ca.pem"), dir.join("ca.key"));
         fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).map_err(failed("create", dir))?;
         // The key is written first: a key alone is a first start that was interrupted, a certificate alone is a lost key.
@@ -97,7 +118,7 @@ impl LocalCa {
         let pem = match read(&certificate)? {
             Some(pem) => pem,
             None => {
-                let pem = self_signed(&key_pair)?;
+                let pem = self_signed(&key_pair, &plain(domain))?;
                 files::replace(&certificate, 0o644, pem.as_bytes()).map_err(failed("write", &certificate))?;
                 pem
             }
@@ -109,6 +130,16 @@ impl LocalCa {
             .map_err(unusable(&certificate, "certificate of the key beside it"))?;
         let issuer = Issuer::from_ca_cert_der(&der, key_pair).map_err(unusable(&certificate, "certificate"))?;
         Ok(Self { pem, path: certificate, issuer })
+    }
+
+    /// Fails if clients would refuse the authority's certificates for endpoints below a domain.
+    pub fn require(&self, domain: &str) -> Result<(), CaError> {
+        let domain = plain(domain);
+        let der = CertificateDer::from_pem_slice(self.pem.as_bytes()).map_err(unusable(&self.path, "certificate"))?;
+        if may_name(&der, &domain).map_err(unusable(&self.path, "certificate"))? {
+            return Ok(());
+        }
+        Err(CaError::OtherDomain { path: self.path.clone(), domain })
     }
 
     /// The authority's own certificate.
@@ -145,16 +176,37 @@ impl LocalCa {
     }
 }
 
-fn self_signed(key: &KeyPair) -> Result<String, CaError> {
+fn self_signed(key: &KeyPair, domain: &str) -> Result<String, CaError> {
     let mut params = CertificateParams::default();
     params.distinguished_name = named("Hearth local CA");
     params.not_before = OffsetDateTime::now_utc() - BACKDATED;
     params.not_after = params.not_before + CA_LIFETIME;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let permitted_subtrees = vec![
+        GeneralSubtree::DnsName(domain.to_owned()),
+        GeneralSubtree::DnsName("localhost".to_owned()),
+        GeneralSubtree::IpAddress(CidrSubnet::from_v4_prefix([127, 0, 0, 0], 8)),
+        GeneralSubtree::IpAddress(CidrSubnet::from_v6_prefix(Ipv6Addr::LOCALHOST.octets(), 128)),
+    ];
+    params.name_constraints = Some(NameConstraints { permitted_subtrees, excluded_subtrees: Vec::new() });
     let certificate =
         params.self_signed(key).map_err(|error| CaError::Issue { names: "the authority".into(), reason: error.to_string() })?;
     Ok(certificate.pem())
+}
+
+/// A domain as certificates have it.
+fn plain(domain: &str) -> String {
+    domain.trim_matches('.').to_ascii_lowercase()
+}
+
+/// Whether an authority's certificates for names below a domain are accepted.
+fn may_name(authority: &CertificateDer<'_>, domain: &str) -> Result<bool, x509_parser::nom::Err<X509Error>> {
+    let (_, certificate) = X509Certificate::from_der(authority)?;
+    let constraints = certificate.name_constraints()?.and_then(|constraints| constraints.value.permitted_subtrees.as_ref());
+    let below = |base: &str| domain.strip_suffix(base).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+    Ok(constraints
+        .is_none_or(|permitted| permitted.iter().any(|subtree| matches!(subtree.base, GeneralName::DNSName(base) if below(base)))))
 }
 
 fn named(common_name: &str) -> DistinguishedName {
@@ -217,11 +269,11 @@ mod tests {
     fn the_authority_outlives_a_restart() {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path().join("ca");
-        let first = LocalCa::load_or_create(&dir).unwrap();
+        let first = LocalCa::load_or_create(&dir, "localhost").unwrap();
         let leaf = first.issue(&["*.example.localhost".into(), "127.0.0.1".into()]).unwrap();
         assert_eq!(fs::metadata(dir.join("ca.key")).unwrap().permissions().mode() & 0o777, 0o600);
 
-        let second = LocalCa::load_or_create(&dir).unwrap();
+        let second = LocalCa::load_or_create(&dir, "localhost").unwrap();
         assert_eq!(first.certificate_pem(), second.certificate_pem());
         for host in ["a.example.localhost", "127.0.0.1"] {
             assert!(accepts(&second, &leaf, host, SystemTime::now()), "{host}");
@@ -232,9 +284,48 @@ mod tests {
     }
 
     #[test]
+    fn it_names_endpoints_and_this_host_only() {
+        let temp = tempfile::tempdir().unwrap();
+        let ca = LocalCa::load_or_create(temp.path(), "Example.com.").unwrap();
+        for (name, host, accepted) in [
+            ("*.lambda-microvm.us-east-1.example.com", "a.lambda-microvm.us-east-1.example.com", true),
+            ("localhost", "localhost", true),
+            ("127.0.0.1", "127.0.0.1", true),
+            ("::1", "::1", true),
+            ("www.example.org", "www.example.org", false),
+            ("notexample.com", "notexample.com", false),
+            ("192.0.2.1", "192.0.2.1", false),
+            ("2001:db8::1", "2001:db8::1", false),
+        ] {
+            let leaf = ca.issue(&[name.to_owned()]).unwrap();
+            assert_eq!(accepts(&ca, &leaf, host, SystemTime::now()), accepted, "{name}");
+        }
+        for domain in ["eu.example.com", "localhost", "a.localhost"] {
+            ca.require(domain).unwrap();
+        }
+        for domain in ["com", "example.org", "notexample.com"] {
+            assert!(matches!(ca.require(domain), Err(CaError::OtherDomain { .. })), "{domain}");
+        }
+    }
+
+    #[test]
+    fn one_without_limits_goes_on() {
+        let temp = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        fs::write(temp.path().join("ca.pem"), params.self_signed(&key).unwrap().pem()).unwrap();
+        fs::write(temp.path().join("ca.key"), key.serialize_pem()).unwrap();
+        let ca = LocalCa::load_or_create(temp.path(), "example.org").unwrap();
+        ca.require("example.org").unwrap();
+        let leaf = ca.issue(&["a.example.org".into()]).unwrap();
+        assert!(accepts(&ca, &leaf, "a.example.org", SystemTime::now()));
+    }
+
+    #[test]
     fn certificates_end() {
         let temp = tempfile::tempdir().unwrap();
-        let ca = LocalCa::load_or_create(temp.path()).unwrap();
+        let ca = LocalCa::load_or_create(temp.path(), "localhost").unwrap();
         let leaf = ca.issue(&["a.localhost".into()]).unwrap();
         let in_days = |days: u64| SystemTime::now() + std::time::Duration::from_secs(days * 86_400);
         assert!(accepts(&ca, &leaf, "a.localhost", in_days(395)));
@@ -244,9 +335,9 @@ mod tests {
     #[test]
     fn a_key_without_a_certificate_is_an_interrupted_start() {
         let temp = tempfile::tempdir().unwrap();
-        let first = LocalCa::load_or_create(temp.path()).unwrap();
+        let first = LocalCa::load_or_create(temp.path(), "localhost").unwrap();
         fs::remove_file(temp.path().join("ca.pem")).unwrap();
-        let second = LocalCa::load_or_create(temp.path()).unwrap();
+        let second = LocalCa::load_or_create(temp.path(), "localhost").unwrap();
         let leaf = first.issue(&["a.localhost".into()]).unwrap();
         assert!(accepts(&second, &leaf, "a.localhost", SystemTime::now()));
     }
@@ -254,13 +345,13 @@ mod tests {
     #[test]
     fn a_lost_or_foreign_key_is_an_error() {
         let temp = tempfile::tempdir().unwrap();
-        LocalCa::load_or_create(temp.path()).unwrap();
+        LocalCa::load_or_create(temp.path(), "localhost").unwrap();
         let key = temp.path().join("ca.key");
         fs::remove_file(&key).unwrap();
-        assert!(matches!(LocalCa::load_or_create(temp.path()), Err(CaError::NoKey(_))));
+        assert!(matches!(LocalCa::load_or_create(temp.path(), "localhost"), Err(CaError::NoKey(_))));
         fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
-        assert!(matches!(LocalCa::load_or_create(temp.path()), Err(CaError::Unusable { .. })));
+        assert!(matches!(LocalCa::load_or_create(temp.path(), "localhost"), Err(CaError::Unusable { .. })));
         fs::write(&key, "nonsense").unwrap();
-        assert!(matches!(LocalCa::load_or_create(temp.path()), Err(CaError::Unusable { .. })));
+        assert!(matches!(LocalCa::load_or_create(temp.path(), "localhost"), Err(CaError::Unusable { .. })));
     }
 }

@@ -165,7 +165,7 @@ mod tests {
 
     fn certificates(domain: &str) -> EndpointCertificates {
         let temp = tempfile::tempdir().unwrap();
-        EndpointCertificates::new(LocalCa::load_or_create(temp.path()).unwrap(), domain)
+        EndpointCertificates::new(LocalCa::load_or_create(temp.path(), domain).unwrap(), domain)
     }
 
     #[test]

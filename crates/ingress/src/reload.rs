@@ -73,7 +73,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let files = files(temp.path());
         write(&files, issued(&["*.lambda-microvm.us-east-1.example.com"]));
-        let ca = LocalCa::load_or_create(&temp.path().join("ca")).unwrap();
+        let ca = LocalCa::load_or_create(&temp.path().join("ca"), "localhost").unwrap();
         let certificates = Arc::new(EndpointCertificates::new(ca, "example.com"));
         certificates.install(read_chains(std::slice::from_ref(&files)).unwrap());
         let served = || certificates.certificate(Some(NAME)).unwrap().unwrap();

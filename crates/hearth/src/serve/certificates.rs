@@ -24,9 +24,13 @@ enum Source {
 impl Certificates {
     /// Reads what there is.
     pub fn read(config: &ServeConfig, dir: &DataDir, ca: LocalCa) -> anyhow::Result<Self> {
-        let served = Arc::new(EndpointCertificates::new(ca, &config.domain));
         let files = config.tls.chain_files();
-        let source = if let Some(acme) = config.tls.acme(&config.served_regions(), &config.domain, dir.acme()) {
+        let acme = config.tls.acme(&config.served_regions(), &config.domain, dir.acme());
+        if files.is_empty() && acme.is_none() {
+            ca.require(&config.domain)?;
+        }
+        let served = Arc::new(EndpointCertificates::new(ca, &config.domain));
+        let source = if let Some(acme) = acme {
             served.install(hearth_ingress::kept_chain(&acme)?.into_iter().collect());
             Source::Acme(acme)
         } else if files.is_empty() {

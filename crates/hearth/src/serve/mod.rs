@@ -118,7 +118,7 @@ impl Prepared {
         Connect::withdraw(&dir).context("removing what an earlier server said")?;
         let listeners = Listeners::bind(&config).await?;
         let (credentials, origin) = credentials(&config, &dir)?;
-        let ca = LocalCa::load_or_create(&dir.ca())?;
+        let ca = LocalCa::load_or_create(&dir.ca(), &config.domain)?;
         hearth_ingress::write_bundle(hearth_ingress::system_bundle().as_deref(), &ca, &dir.ca_bundle())
             .with_context(|| format!("writing {}", dir.ca_bundle().display()))?;
         let certificates = Certificates::read(&config, &dir, ca)?;

@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn an_authority_is_told_by_its_certificate() {
         let temp = tempfile::tempdir().unwrap();
-        let ca = hearth_ingress::LocalCa::load_or_create(temp.path()).unwrap();
+        let ca = hearth_ingress::LocalCa::load_or_create(temp.path(), "localhost").unwrap();
         let authority = Authority::read(ca.certificate_path().to_owned()).unwrap();
         assert_eq!(authority.fingerprint.len(), 12);
         assert_eq!(authority, Authority::read(ca.certificate_path().to_owned()).unwrap());

@@ -151,7 +151,7 @@ impl Endpoint {
 
     pub async fn start_with(guest: Guest, config: IngressConfig) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let ca = LocalCa::load_or_create(dir.path()).unwrap();
+        let ca = LocalCa::load_or_create(dir.path(), "localhost").unwrap();
         let plane = Arc::new(FakePlane {
             keyring: Keyring::load_or_create(&dir.path().join("keys")).unwrap(),
             guest: Mutex::new(guest),
