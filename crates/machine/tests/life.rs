@@ -81,6 +81,18 @@ while ($c = $s->accept) {
 }
 "#;
 
+/// Uses much memory before it listens, and none of it afterwards: 64 MiB of a file, 96 MiB of its own.
+const SPENDER: &str = r#"
+use IO::Socket; use IO::Handle;
+open(F, "+>", "/large") or die; for (1..64) { print F "f" x (1 << 20) or die } F->sync; seek(F, 0, 0);
+while (read(F, $part, 1 << 20)) { $read += length($part) } close F; $read == 64 << 20 or die;
+$size = 96 << 20; { my $own = "m" x $size; $sum += ord(substr($own, 12345, 1)); undef $own; }
+$s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 5000, Listen => 5, ReuseAddr => 1) or die "listen: $!";
+while ($c = $s->accept) { $line = <$c>; print $c $read >> 20, " ", chr($sum), "."; close $c; }
+"#;
+/// Most bytes of memory in its snapshot: a system that has done nothing of the kind has two thirds of it.
+const SPENDER_BYTES: u64 = 100 << 20;
+
 struct Bench {
     dir: TempDir,
     engine: Qemu,
@@ -291,6 +303,23 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
 
     let spec = bench.spec("one", &snapshot, LaunchSource::Suspended, 9);
     assert!(matches!(bench.engine.launch(spec).await, Err(LaunchError::Snapshot(_))), "a suspended state is used once");
+    bench.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_has_no_room_for_memory_that_was_used_once() {
+    let Some(bench) = Bench::new("spent").await else { return };
+    let mut image = bench.boot("image").await;
+    let mut events = image.take_events().unwrap();
+    image.start_app(app(&["perl", "-e", SPENDER])).await.unwrap();
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the app listens"), Some(MachineEvent::Listening(5000))) {}
+    let snapshot = Arc::new(image.capture(bench.dir.path().join("snapshot")).await.unwrap());
+    let bytes = snapshot.manifest.memory_bytes;
+    eprintln!("memory {} kB", bytes >> 10);
+    assert!(bytes < SPENDER_BYTES, "{bytes} bytes of memory are in the snapshot");
+    let machine = bench.clone_of("one", &snapshot).await;
+    assert_eq!(ask(&*machine, "hello").await, "64 m.", "it has lost nothing");
+    machine.kill().await;
     bench.end().await;
 }
 
