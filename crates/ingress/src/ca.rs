@@ -183,12 +183,14 @@ fn self_signed(key: &KeyPair, domain: &str) -> Result<String, CaError> {
     params.not_after = params.not_before + CA_LIFETIME;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let permitted_subtrees = vec![
-        GeneralSubtree::DnsName(domain.to_owned()),
+    let mut permitted_subtrees = vec![
         GeneralSubtree::DnsName("localhost".to_owned()),
         GeneralSubtree::IpAddress(CidrSubnet::from_v4_prefix([127, 0, 0, 0], 8)),
         GeneralSubtree::IpAddress(CidrSubnet::from_v6_prefix(Ipv6Addr::LOCALHOST.octets(), 128)),
     ];
+    if domain != "localhost" {
+        permitted_subtrees.push(GeneralSubtree::DnsName(domain.to_owned()));
+    }
     params.name_constraints = Some(NameConstraints { permitted_subtrees, excluded_subtrees: Vec::new() });
     let certificate =
         params.self_signed(key).map_err(|error| CaError::Issue { names: "the authority".into(), reason: error.to_string() })?;
