@@ -250,6 +250,37 @@ async fn grpc_streams_both_ways_and_ends_with_trailers() {
     }
 }
 
+/// Answers with the trailers that it got.
+async fn parrot(request: Request<Incoming>) -> Response<Body> {
+    let trailers = request.into_body().collect().await.unwrap().trailers().cloned();
+    let (sender, body) = trickle();
+    tokio::spawn(async move {
+        sender.send(data("abc")).await.unwrap();
+        sender.send(Frame::trailers(trailers.unwrap_or_default())).await.unwrap();
+    });
+    Response::builder().header("trailer", "grpc-status").body(body).unwrap()
+}
+
+#[tokio::test]
+async fn trailers_pass_both_ways_to_applications_of_both_versions() {
+    for http2 in [false, true] {
+        let guest = if http2 { h2c_guest(parrot).await } else { app_guest(parrot).await };
+        let endpoint = Endpoint::start(Guest::At(guest)).await;
+        let mut client = Client2::new(&endpoint).await;
+        let (send, body) = trickle();
+        let request = request2(&endpoint, "POST", "/").header("te", "trailers").header("trailer", "grpc-status");
+        let request = request.header("x-aws-proxy-force-h2", http2.to_string()).body(body).unwrap();
+        tokio::spawn(async move {
+            send.send(data("xyz")).await.unwrap();
+            send.send(trailers("7")).await.unwrap();
+        });
+        let answer = client.send(request).await.unwrap().into_body().collect();
+        let answer = timeout(PATIENCE, answer).await.expect("an answer in time").unwrap();
+        assert_eq!(answer.trailers().unwrap()["grpc-status"], "7", "h2c: {http2}");
+        assert_eq!(answer.to_bytes(), "abc");
+    }
+}
+
 #[tokio::test]
 async fn an_application_without_http2_is_a_502_when_it_is_forced() {
     let endpoint = Endpoint::with_app(async |_| Response::new(text("old"))).await;
