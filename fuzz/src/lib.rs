@@ -43,10 +43,13 @@ pub fn token(data: &[u8]) {
     }
 }
 
-/// What a request says of its port, its token and its host. A line is a header; the first is the TLS client's name.
+/// What a request says of its port, its token and its host. A line is a header; the first is the name that the TLS client asked for, if it is
+/// one of DNS: rustls tells of no others.
 pub fn request(data: &[u8]) {
     let mut lines = data.split(|&byte| byte == b'\n');
-    let server_name = lines.next().and_then(|line| std::str::from_utf8(line).ok()).filter(|name| !name.is_empty());
+    let server_name = lines.next().and_then(|line| std::str::from_utf8(line).ok());
+    let of_dns = |name: &&str| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    let server_name = server_name.filter(of_dns);
     let mut headers = HeaderMap::new();
     for line in lines {
         let Some(colon) = line.iter().position(|&byte| byte == b':') else { continue };
