@@ -108,10 +108,6 @@ def guest(start) -> Guest:
     return start(**ROLE, **SHELLS)
 
 
-def named_log(group: str, stream: str) -> dict:
-    return {"cloudWatch": {"logGroup": group, "logStream": stream}}
-
-
 def streams(server, group: str) -> list[str]:
     return [stream["logStreamName"] for stream in server.client("logs").describe_log_streams(logGroupName=group)["logStreams"]]
 
@@ -239,7 +235,9 @@ class TestEitherProgram:
 @pytest.mark.compat("logs.destination", "logs.role")
 def test_its_lines_go_where_its_owner_says_and_not_where_the_image_s_builds_go(server, static):
     """SPEC 13.1: what the image says is for its builds; a name is taken as it is; without a role or a wish nothing is shown."""
-    default, named, disabled, nobody = static(**ROLE), static(**ROLE, logging=named_log("/mine", "one")), static(**ROLE, logging={"disabled": {}}), static()
+    default, nobody = static(**ROLE), static()
+    named = static(**ROLE, logging={"cloudWatch": {"logGroup": "/mine", "logStream": "one"}})
+    disabled = static(**ROLE, logging={"disabled": {}})
     for guest in (default, named, disabled, nobody):
         guest.say("stdout", f"{guest.id}\n".encode())
         support.eventually(lambda: f"{guest.id}\n" in server.hearth("logs", guest.id).stdout, "the operator's copy")
