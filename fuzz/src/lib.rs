@@ -178,7 +178,7 @@ mod tests {
                 Ok(())
             })
             .unwrap();
-        let text = proptest::string::string_regex("[ -~\n]{0,200}").unwrap();
+        let text = proptest::string::string_regex("[ -~]{0,60}(\n[ -~]{0,60}){0,4}").unwrap();
         runner
             .run(&text, |data| {
                 target(data.as_bytes());
