@@ -86,7 +86,9 @@ class TestSystemStore:
         assert done.returncode == 0, (done.stdout, done.stderr)
         lines = done.stdout.splitlines()
         assert lines[:2] == ["Request missing authentication", "python is content"]
-        assert lines[2] in ("SELF_SIGNED_CERT_IN_CHAIN", "UNABLE_TO_VERIFY_LEAF_SIGNATURE", "UNABLE_TO_GET_ISSUER_CERT_LOCALLY")
+        # Most builds of Node bring their own authorities; Debian's asks the system's store.
+        refusals = ("SELF_SIGNED_CERT_IN_CHAIN", "UNABLE_TO_VERIFY_LEAF_SIGNATURE", "UNABLE_TO_GET_ISSUER_CERT_LOCALLY")
+        assert lines[2] in ("node is content", *refusals)
         assert lines[3] == "node is content"
         assert lines[4:7] == [f"{outcome} the system's store" for outcome in ("nothing to do in", "removed from", "nothing to do in")]
         assert "certificate" in lines[7]

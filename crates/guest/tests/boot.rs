@@ -10,8 +10,8 @@ use std::{
 };
 
 use hearth_guest_protocol::{
-    App, BOOT_MARKER, DialReply, ExitStatus, GuestMessage, Hello, HostMessage, LogRecord, LogSource, Marker, MarkerTrigger, MarkerWatch,
-    Mux, Network, PORT_NAME, Stream, StreamHeader, VERSION, read_message, write_message,
+    App, BOOT_MARKER, Carrier, DialReply, ExitStatus, GuestMessage, Hello, HostMessage, LogRecord, LogSource, Marker, MarkerTrigger,
+    MarkerWatch, Mux, Network, PORT_NAME, Stream, StreamHeader, VERSION, read_message, write_message,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -221,11 +221,11 @@ impl Session {
         timeout(PATIENCE, self.logs.recv()).await.expect("the application says something").unwrap()
     }
 
-    async fn dial(&self, port: u16) -> (Stream, DialReply) {
+    async fn dial(&self, port: u16) -> (Carrier, DialReply) {
         let mut stream = self.mux.open().await.unwrap();
         write_message(&mut stream, &StreamHeader::Dial { port }).await.unwrap();
         let reply = timeout(PATIENCE, read_message(&mut stream)).await.expect("the guest dials").unwrap();
-        (stream, reply)
+        (Carrier::new(stream), reply)
     }
 
     async fn ask(&self, request: &str) -> String {
