@@ -33,7 +33,7 @@ pub mod mux;
 pub mod wire;
 
 pub use carrier::Carrier;
-pub use marker::{BOOT_MARKER, Marker, MarkerTrigger, MarkerWatch, await_marker};
+pub use marker::{BOOT_MARKER, Marker, MarkerTrigger, MarkerWatch, await_marker, new_marker};
 pub use message::{
     App, CopyInput, CopyOutput, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, FileKind, GuestMessage, Hello,
     HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Ready, StreamHeader, TerminalSize,

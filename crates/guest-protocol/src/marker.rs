@@ -18,6 +18,14 @@ pub type Marker = [u8; 16];
 /// Begins the first session after boot.
 pub const BOOT_MARKER: Marker = *b"hearth-boot-0001";
 
+/// A marker of these random bytes. What is read while a session's end is waited for is held back as long as it may be the beginning of the
+/// marker, so that must not be how the frames end that somebody waits for: the end of a stream ends with zeros, text not with 255.
+pub fn new_marker(random: [u8; 16]) -> Marker {
+    let mut marker = random;
+    marker[0] = 0xff;
+    marker
+}
+
 /// Reads and discards bytes until the marker has been read, and not one byte more.
 pub async fn await_marker(reader: &mut (impl AsyncRead + Unpin), marker: &Marker) -> io::Result<()> {
     let mut window = [0; 16];
@@ -132,9 +140,12 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MarkerWatch<T> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt;
+    use std::time::Duration;
+
+    use tokio::{io::AsyncWriteExt, time::timeout};
 
     use super::*;
+    use crate::Mux;
 
     #[tokio::test]
     async fn a_session_ends_where_its_marker_begins() {
@@ -175,6 +186,24 @@ mod tests {
         drop(session);
         drop(trigger);
         assert!(seen.await.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_stream_is_not_held_back() {
+        for first in [0, 1, 2, 4, 0xff] {
+            let (near, far) = tokio::io::duplex(256);
+            let (near, trigger) = MarkerWatch::new(near);
+            let (_host, mut inbound) = Mux::client(near);
+            let (guest, _guest_driver) = Mux::server(far);
+            let _seen = trigger.arm(new_marker([first; 16]));
+            let mut stream = guest.open().await.unwrap();
+            stream.write_all(b"the last line").await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut read = Vec::new();
+            let ended = async { inbound.inbound.recv().await.unwrap().read_to_end(&mut read).await };
+            timeout(Duration::from_secs(20), ended).await.expect("the stream ends").unwrap();
+            assert_eq!(read, b"the last line");
+        }
     }
 
     async fn rest_after(input: &[u8]) -> io::Result<Vec<u8>> {

@@ -6,15 +6,19 @@
 
 use std::{
     collections::VecDeque,
+    future::poll_fn,
     io,
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::Context,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use hearth_guest_protocol::{LogRecord, LogSource};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt},
+    io::{AsyncRead, ReadBuf},
     sync::Notify,
+    task::coop,
     time::timeout,
 };
 
@@ -41,7 +45,8 @@ pub struct Logs {
 struct Shared {
     queue: Mutex<Queue>,
     pushed: Notify,
-    delivered: Notify,
+    /// Records were delivered, or a pipe read empty.
+    progress: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -52,6 +57,8 @@ struct Queue {
     taken: usize,
     /// Nothing was delivered for as long as anybody waits.
     stalled: bool,
+    /// Pipes from which something was read, and which have not been found empty since.
+    flowing: usize,
 }
 
 impl Queue {
@@ -115,12 +122,15 @@ impl Logs {
     /// What was taken last need not be kept.
     pub fn delivered(&self) {
         self.queue().deliver();
-        self.shared.delivered.notify_waiters();
+        self.shared.progress.notify_waiters();
     }
 
-    /// Waits until everything is delivered, as long as something is delivered every now and then: at least once in `patience`.
+    /// Waits until everything that was written so far is delivered, as long as something is delivered every now and then: at least once in
+    /// `patience`.
     pub async fn drained(&self, patience: Duration) {
-        let empty = |queue: &Queue| queue.records.is_empty();
+        // Readers of pipes that have something in them are told so first.
+        tokio::task::yield_now().await;
+        let empty = |queue: &Queue| queue.records.is_empty() && queue.flowing == 0;
         while !empty(&self.queue()) {
             if !self.progress(patience, empty).await {
                 return;
@@ -132,8 +142,16 @@ impl Logs {
     pub async fn collect(self, source: LogSource, mut pipe: impl AsyncRead + Unpin) -> io::Result<()> {
         let mut lines = Lines::default();
         let mut chunk = vec![0; CHUNK_BYTES];
+        let mut flow = Flow { logs: &self, on: false };
         loop {
-            let count = pipe.read(&mut chunk).await?;
+            let read = |cx: &mut Context<'_>| {
+                let mut buffer = ReadBuf::new(&mut chunk);
+                let read = Pin::new(&mut pipe).poll_read(cx, &mut buffer);
+                // A task that has had its share does not know whether the pipe is empty.
+                flow.set(read.is_ready() || !coop::has_budget_remaining());
+                read.map_ok(|()| buffer.filled().len())
+            };
+            let count = poll_fn(read).await?;
             let mut bytes = &chunk[..count];
             while let Some(line) = if count == 0 { lines.finish() } else { lines.next(&mut bytes) } {
                 self.wait_for_room(line.len()).await;
@@ -156,17 +174,43 @@ impl Logs {
         }
     }
 
-    /// Waits for the next delivery, unless `enough` holds already; false if there is none in time.
+    /// Waits for the next progress, unless `enough` holds already; false if there is none in time.
     async fn progress(&self, patience: Duration, enough: impl Fn(&Queue) -> bool) -> bool {
-        let delivered = self.shared.delivered.notified();
-        tokio::pin!(delivered);
-        // From here on no delivery is missed.
-        delivered.as_mut().enable();
-        enough(&self.queue()) || timeout(patience, delivered).await.is_ok()
+        let progress = self.shared.progress.notified();
+        tokio::pin!(progress);
+        // From here on none is missed.
+        progress.as_mut().enable();
+        enough(&self.queue()) || timeout(patience, progress).await.is_ok()
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Counts a pipe among those from which something was read, as long as that is so.
+struct Flow<'a> {
+    logs: &'a Logs,
+    on: bool,
+}
+
+impl Flow<'_> {
+    fn set(&mut self, on: bool) {
+        match (self.on, on) {
+            (false, true) => self.logs.queue().flowing += 1,
+            (true, false) => {
+                self.logs.queue().flowing -= 1;
+                self.logs.shared.progress.notify_waiters();
+            }
+            _ => {}
+        }
+        self.on = on;
+    }
+}
+
+impl Drop for Flow<'_> {
+    fn drop(&mut self) {
+        self.set(false);
     }
 }
 
@@ -334,6 +378,31 @@ mod tests {
         }
         assert!(rest.len() < 40_000 && rest[0].dropped > 0);
         assert_eq!(total(&rest), 40_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn drained_waits_for_what_is_still_in_a_pipe() {
+        let logs = Logs::default();
+        let (mut app, pipe) = tokio::io::duplex(1 << 20);
+        tokio::spawn(logs.clone().collect(LogSource::Stdout, pipe));
+        let reader = tokio::spawn({
+            let logs = logs.clone();
+            async move {
+                let mut count = 0;
+                while count < 50_000 {
+                    count += logs.take().await.len();
+                    logs.delivered();
+                }
+            }
+        });
+        tokio::io::AsyncWriteExt::write_all(&mut app, &b"a line\n".repeat(50_000)).await.unwrap();
+        logs.drained(Duration::from_secs(1)).await;
+        assert!(reader.is_finished(), "everything was read");
+        // The beginning of a line is not waited for.
+        tokio::io::AsyncWriteExt::write_all(&mut app, b"half a").await.unwrap();
+        let started = tokio::time::Instant::now();
+        logs.drained(Duration::from_secs(1)).await;
+        assert_eq!(started.elapsed(), Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]

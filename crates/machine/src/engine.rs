@@ -73,7 +73,8 @@ pub trait Machine: Send + Sync {
     /// new session, with a dialer and events of its own. After an error the machine has ended and its state is lost.
     async fn suspend(self: Box<Self>, cancel: CancellationToken) -> Result<SuspendOutcome, SuspendError>;
 
-    /// Ends the machine at once and waits until its process is gone.
+    /// Ends the machine and waits until its process is gone. The application stops at once; a guest that answers says first what is left to
+    /// be said of it.
     async fn kill(self: Box<Self>);
 }
 

@@ -164,7 +164,8 @@ impl Session {
     /// Ends the session and returns the marker that begins the next one. When this returns, neither side reads or writes anything any more, and
     /// the application stands still. `trim` is for a capture: how many bytes of memory the guest has ever touched.
     pub async fn detach(mut self, trim: Option<u64>) -> Result<Marker, GuestError> {
-        let marker: Marker = entropy().map_err(broken)?[..16].try_into().expect("more than 16 bytes were drawn");
+        let random: [u8; 16] = entropy().map_err(broken)?[..16].try_into().expect("more than 16 bytes were drawn");
+        let marker = protocol::new_marker(random);
         let seen = self.trigger.arm(marker);
         write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker, trim }).await.map_err(broken)?;
         let deadline = if trim.is_some() { TRIMMED } else { ANSWER };

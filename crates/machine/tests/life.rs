@@ -93,6 +93,13 @@ while ($c = $s->accept) { $line = <$c>; print $c $read >> 20, " ", chr($sum), ".
 /// Most bytes of memory in its snapshot: a system that has done nothing of the kind has two thirds of it.
 const SPENDER_BYTES: u64 = 100 << 20;
 
+/// Says much, and then that it has.
+const TALKER: &str = r#"
+use IO::Socket;
+$s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 5000, Listen => 5, ReuseAddr => 1) or die "listen: $!";
+while ($c = $s->accept) { <$c>; syswrite(STDOUT, join("", map { "line $_\n" } 1..5000)); print $c "said"; close $c; }
+"#;
+
 struct Bench {
     dir: TempDir,
     engine: Qemu,
@@ -568,6 +575,30 @@ async fn a_guest_carries_thousands_of_connections() {
         connections.push(connection.unwrap_or_else(|error| panic!("connection {number}: {error}")));
     }
     machine.kill().await;
+    bench.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_app_says_just_before_it_is_killed_is_known() {
+    let Some(bench) = Bench::new("words").await else { return };
+    let mut machine = bench.boot("image").await;
+    let mut events = machine.take_events().unwrap();
+    machine.start_app(app(&["perl", "-e", TALKER])).await.unwrap();
+    while !matches!(timeout(PATIENCE, events.recv()).await.expect("the app listens"), Some(MachineEvent::Listening(5000))) {}
+    let reader = tokio::spawn(async move {
+        let mut lines = Vec::new();
+        while let Some(event) = events.recv().await {
+            if let MachineEvent::Log(record) = event {
+                assert_eq!(record.dropped, 0);
+                lines.push(String::from_utf8(record.line).unwrap());
+            }
+        }
+        lines
+    });
+    assert_eq!(ask(&*machine, "talk").await, "said");
+    machine.kill().await;
+    let lines = timeout(PATIENCE, reader).await.expect("the machine's events end").unwrap();
+    assert_eq!(lines, (1..=5000).map(|number| format!("line {number}")).collect::<Vec<_>>());
     bench.end().await;
 }
 

@@ -33,6 +33,9 @@ use crate::{
 /// How long QEMU may take to end after it was told to. It has only to close its files.
 const QUIT: Duration = Duration::from_secs(10);
 
+/// How long a guest that is to be killed may take to deliver its log.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// What a machine is made of.
 pub struct Parts {
     pub id: String,
@@ -235,8 +238,11 @@ impl Machine for QemuMachine {
 
     async fn kill(self: Box<Self>) {
         self.expect_end();
-        self.parts.process.kill().await;
-        tracing::debug!(id = self.parts.id, "killed");
+        let Self { parts, session, .. } = *self;
+        // A guest that lets go of its session has delivered its log. Another one has nothing to say.
+        let _ = timeout(LAST_WORDS, session.detach(None)).await;
+        parts.process.kill().await;
+        tracing::debug!(id = parts.id, "killed");
     }
 }
 
