@@ -3,6 +3,7 @@
 use std::{io, sync::Arc, time::Duration};
 
 use hearth_control::plane::DataPlane;
+use nix::sys::socket::{setsockopt, sockopt};
 use rustls::{ServerConfig, server::Acceptor};
 use tokio::{
     io::AsyncWriteExt,
@@ -22,6 +23,10 @@ use crate::{
 
 /// How long to leave the listener alone when the process is out of file descriptors; there is no event to wait for.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a connection may be silent before the kernel asks whether the client is still there, and then between two questions. After the
+/// ninth (tcp(7)) the connection is over.
+const KEEP_ALIVE_SECONDS: u32 = 30;
 
 /// A TLS record with the fatal alert of that name (RFC 6066, 3): rustls would say that the client lacks leave.
 const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
@@ -137,6 +142,9 @@ impl Server {
     async fn handshake(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         // Small writes are answers that somebody waits for.
         stream.set_nodelay(true)?;
+        // A client whose network has gone says nothing, and may have a connection open that says nothing either.
+        setsockopt(&stream, sockopt::KeepAlive, &true).and_then(|()| setsockopt(&stream, sockopt::TcpKeepIdle, &KEEP_ALIVE_SECONDS))?;
+        setsockopt(&stream, sockopt::TcpKeepInterval, &KEEP_ALIVE_SECONDS)?;
         let mut hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let config = self.tls.config();
         if config.cert_resolver.resolve(hello.client_hello()).is_none() {

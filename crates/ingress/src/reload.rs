@@ -21,11 +21,13 @@ pub fn read_chains(files: &[ChainFiles]) -> Result<Vec<Arc<Chain>>, ChainError> 
 
 /// Reads the files again whenever they change or `hangup` is notified. Never returns.
 pub async fn keep_reloading(files: Vec<ChainFiles>, certificates: Arc<EndpointCertificates>, hangup: Arc<Notify>) {
-    loop {
-        // Made anew each time: what a symbolic link leads to may be elsewhere now.
-        let mut watch = Watch::new(files.iter().flat_map(|files| [files.chain.as_path(), files.key.as_path()]))
+    let watch_files = || {
+        Watch::new(files.iter().flat_map(|files| [files.chain.as_path(), files.key.as_path()]))
             .inspect_err(|error| tracing::warn!(%error, "changes of the certificate's files are noticed on SIGHUP only"))
-            .ok();
+            .ok()
+    };
+    let mut watch = watch_files();
+    loop {
         let changed = async {
             let told = match &mut watch {
                 Some(watch) => watch.changed().await.is_ok(),
@@ -39,6 +41,8 @@ pub async fn keep_reloading(files: Vec<ChainFiles>, certificates: Arc<EndpointCe
             () = changed => sleep(SETTLE).await,
             () = hangup.notified() => tracing::info!("SIGHUP: reading the certificates again"),
         }
+        // Made anew each time: what a symbolic link leads to may be elsewhere now. What changes while the files are read is noticed.
+        watch = watch_files();
         let read = files.clone();
         match tokio::task::spawn_blocking(move || read_chains(&read)).await {
             Ok(Ok(chains)) => certificates.install(chains),
