@@ -17,7 +17,8 @@ pub(crate) const DEFAULT_DURATION_SECONDS: u32 = 28_800;
 
 const MEMORY_SIZES_MIB: [u32; 5] = [512, 1024, 2048, 4096, 8192];
 const MAX_TOKEN_MINUTES: u32 = 60;
-const RESERVED_ENVIRONMENT: [&str; 1] = ["AWS_REGION"];
+const RESERVED_ENVIRONMENT: [&str; 4] =
+    ["AWS_REGION", "AWS_LAMBDA_MICROVM_IMAGE_NAME", "AWS_LAMBDA_MICROVM_IMAGE_ARN", "AWS_LAMBDA_MICROVM_IMAGE_VERSION"];
 
 /// Checks what an image version is to be made of; returns its memory in MiB.
 pub(crate) fn check_image(caller: &Caller, input: &SpecInput) -> Result<u32, ApiError> {

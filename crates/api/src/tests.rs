@@ -519,6 +519,11 @@ async fn requests_that_break_a_rule_are_refused_with_the_service_s_words() {
         (images, create("codeArtifact", json!({"uri": "s3://bucket"})), uri),
         (images, create("baseImageVersion", json!("1.0")), "Invalid base image version '1.0': Expected a single major version number"),
         (images, create("environmentVariables", json!({"AWS_REGION": "x"})), "Environment variable key 'AWS_REGION' is reserved"),
+        (
+            images,
+            create("environmentVariables", json!({"AWS_LAMBDA_MICROVM_IMAGE_ARN": "x"})),
+            "Environment variable key 'AWS_LAMBDA_MICROVM_IMAGE_ARN' is reserved",
+        ),
         (images, create("resources", json!([{"minimumMemoryInMiB": 3000}])), memory),
         (images, create("hooks", json!({"microvmHooks": {"suspend": "ENABLED"}})), lifecycle),
         (
