@@ -107,7 +107,7 @@ OUTCOMES = {
     "204": "returned HTTP status 204",
     "hang": "timed out after PT3S",
     "stream": "timed out after PT3S",
-    "flood": "returned no valid HTTP response",
+    "flood": "timed out after PT3S",
     "headers": "returned no valid HTTP response",
     "close": "returned no valid HTTP response",
     "garbage": "returned no valid HTTP response",
@@ -162,6 +162,9 @@ BUILD_OUTCOMES = [
     ("ready=hang", "Ready hook invocation timed out after PT3S"),
     ("ready=garbage", "Ready hook check failed: the application did not return a valid HTTP response."),
     ("ready=exit", EXITED),
+    ("ready=500", "Ready hook check failed: the application returned a server error (HTTP 5xx) response."),
+    ("validate=hang", "Validate hook invocation timed out after PT3S"),
+    ("validate=exit", EXITED),
     ("validate=500", "Validate hook check failed: the application returned a server error (HTTP 5xx) response."),
     # Nobody listens when /validate is to be called: that may change, but does not in time.
     ("ready=deaf", "Validate hook invocation timed out after PT3S"),

@@ -4,7 +4,8 @@
 //!
 //! - What is promised to all machines that have a process fits the host. A clone shares what it does not change with its image, so that only a
 //!   part of its memory is promised: its size divided by the overcommit. The image's memory is promised along with the first of its clones,
-//!   until the last is gone. A machine that is booted shares nothing.
+//!   until the last is gone. A clone that is resumed is promised what it had changed when it was suspended, if that is more than its part. A
+//!   machine that is booted shares nothing.
 //! - What is available now, by the kernel's estimate, is enough for this machine and for those that were admitted but have not started yet.
 //!   This notices what else the host is used for, and guests that use more than their part.
 //!
@@ -103,9 +104,9 @@ impl Capacity {
         Arc::new(Self { settings, ledger: Mutex::default() })
     }
 
-    /// Promises memory to a clone with this much, and to its image.
-    pub fn admit_clone(self: &Arc<Self>, memory_mib: u32, image: Option<Shared<'_>>) -> Result<Reservation, Shortage> {
-        self.admit(self.share(memory_mib), image, HostMemory::read())
+    /// Promises memory to a clone with this much, and to its image. `own_bytes` of it are the clone's own from the first moment.
+    pub fn admit_clone(self: &Arc<Self>, memory_mib: u32, own_bytes: u64, image: Option<Shared<'_>>) -> Result<Reservation, Shortage> {
+        self.admit(self.share(memory_mib).max(mib(own_bytes)), image, HostMemory::read())
     }
 
     /// Promises memory to a machine that is booted.

@@ -329,7 +329,7 @@ impl Inner {
         }
         // What it was built with; a snapshot that cannot be opened is found to be so by the launch.
         let snapshot = self.microvms.snapshots.get(&image.id, number).await;
-        let promised = self.microvms.admit(snapshot.ok().as_deref(), spec.memory_mib).await?;
+        let promised = self.microvms.admit(snapshot.ok().as_deref(), spec.memory_mib, 0).await?;
 
         let id = format!("microvm-{}", Uuid::new_v4());
         let endpoint = endpoint_name(&caller.region, &self.settings.domain);

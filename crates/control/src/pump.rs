@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hearth_machine::MachineEvent;
+use hearth_machine::{Machine, MachineEvent};
 use tokio::{sync::mpsc, task::JoinHandle};
 
 use crate::logs::{LogLine, LogOrigin, LogWriter};
@@ -12,15 +12,20 @@ const EVENT_QUEUE: usize = 256;
 /// How long the last log lines of a machine that is gone are waited for: they are here already, and only the disk can keep them.
 const LAST_LINES: Duration = Duration::from_secs(10);
 
+/// Of a machine that ended before its guest had handed over all that its app wrote.
+const UNDELIVERED: &str = "The MicroVM ended before all of its log was delivered: the last lines may be missing.";
+
 /// A machine's events, without its log lines.
 pub(crate) struct Pump {
     events: mpsc::Receiver<MachineEvent>,
     task: JoinHandle<()>,
+    log: LogWriter,
 }
 
 impl Pump {
     pub fn start(events: Option<mpsc::Receiver<MachineEvent>>, log: LogWriter) -> Self {
         let (others, receiver) = mpsc::channel(EVENT_QUEUE);
+        let copy = log.clone();
         let task = tokio::spawn(async move {
             let Some(mut events) = events else { return };
             while let Some(event) = events.recv().await {
@@ -36,12 +41,22 @@ impl Pump {
                 }
             }
         });
-        Self { events: receiver, task }
+        Self { events: receiver, task, log: copy }
     }
 
     /// The next event; `None` when the machine has said everything.
     pub async fn next(&mut self) -> Option<MachineEvent> {
         self.events.recv().await
+    }
+
+    /// Ends a machine, and waits until its log is written, but not for ever.
+    pub async fn kill(self, machine: Box<dyn Machine>) {
+        let log = self.log.clone();
+        let delivered = machine.kill().await;
+        self.last_words().await;
+        if !delivered {
+            log.offer(LogLine::now(LogOrigin::System, UNDELIVERED.to_owned()));
+        }
     }
 
     /// Waits until the log of a machine that is gone is written, but not for ever.

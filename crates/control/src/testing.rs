@@ -53,6 +53,8 @@ pub struct FakeEngine {
     pub memory_bytes: AtomicU64,
     /// The memory of every snapshot is there.
     pub loaded: AtomicBool,
+    /// What each suspended machine keeps.
+    pub suspended_bytes: AtomicU64,
     pub fail_boot: AtomicBool,
     pub fail_launch: AtomicBool,
     pub fail_suspend: AtomicBool,
@@ -123,6 +125,7 @@ impl FakeEngine {
             cancels: AtomicBool::new(true),
             memory_bytes: AtomicU64::new(1000),
             loaded: AtomicBool::new(false),
+            suspended_bytes: AtomicU64::new(0),
             fail_boot: AtomicBool::new(false),
             fail_launch: AtomicBool::new(false),
             fail_suspend: AtomicBool::new(false),
@@ -226,6 +229,10 @@ impl Engine for EngineHandle {
         Ok(self.0.machine(&spec.id, spec.dir, spec.snapshot.manifest.memory_mib))
     }
 
+    async fn suspended_bytes(&self, _dir: &Path) -> u64 {
+        self.0.suspended_bytes.load(Ordering::SeqCst)
+    }
+
     async fn unloaded_bytes(&self, snapshot: &Snapshot) -> u64 {
         if self.0.loaded.load(Ordering::SeqCst) { 0 } else { snapshot.manifest.memory_bytes }
     }
@@ -325,9 +332,10 @@ impl Machine for FakeMachine {
         Ok(*self.engine.usage.lock().unwrap())
     }
 
-    async fn kill(self: Box<Self>) {
+    async fn kill(self: Box<Self>) -> bool {
         self.engine.kills.fetch_add(1, Ordering::SeqCst);
         self.engine.tell("kill");
+        true
     }
 }
 

@@ -36,13 +36,14 @@ pub use carrier::Carrier;
 pub use marker::{BOOT_MARKER, Marker, MarkerTrigger, MarkerWatch, await_marker, new_marker};
 pub use message::{
     App, CopyInput, CopyOutput, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, FileKind, GuestMessage, Hello,
-    HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Ready, StreamHeader, TerminalSize,
+    HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Parting, Ready, StreamHeader,
+    TerminalSize,
 };
 pub use mux::{Mux, MuxError, Stream};
 pub use wire::{WireError, read_message, write_message, write_messages};
 
 /// Version of this protocol. A host refuses a guest that speaks another one: the image must be rebuilt with the present guest kit.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Name of the virtio-serial port: `/dev/virtio-ports/hearth` where udev runs, `/sys/class/virtio-ports/*/name` everywhere.
 pub const PORT_NAME: &str = "hearth";
@@ -55,6 +56,9 @@ pub const METADATA_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
 /// TCP port at that address that leads to the API of the guest's own server.
 pub const API_PORT: u16 = 8470;
+
+/// Longest line in a log record, in bytes; a longer line is several records.
+pub const MAX_LINE_BYTES: usize = 64 << 10;
 
 /// Largest encoded message, in bytes: bounds what a hostile peer can make the other side allocate.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;

@@ -59,9 +59,8 @@ pub enum HostMessage {
     Detach {
         /// Random bytes, new for each `Detach`.
         marker: Marker,
-        /// A snapshot is to be taken that every clone will carry: first drop caches, and fill with zeros the memory that nobody uses any more.
-        /// The number is how many bytes of its memory the machine has touched so far: the rest is zero already.
-        trim: Option<u64>,
+        /// What for.
+        parting: Parting,
     },
     /// Answer to [`GuestMessage::AskTime`].
     Time {
@@ -70,6 +69,20 @@ pub enum HostMessage {
     },
     /// Send the app its stop signal. [`GuestMessage::Exited`] follows when it obeys.
     Stop,
+}
+
+/// What a session ends for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Parting {
+    /// This life goes on, now or later.
+    Pause,
+    /// A snapshot is to be taken that every clone will carry: first drop caches, and fill with zeros the memory that nobody uses any more.
+    Capture {
+        /// How many bytes of its memory the machine has touched so far: the rest is zero already.
+        touched: u64,
+    },
+    /// The machine will be killed: the beginning of a line is a line now.
+    End,
 }
 
 /// What the guest says on the control stream.
@@ -97,6 +110,11 @@ pub enum GuestMessage {
     },
     /// The application's main process ended. Sent again at the start of each later session.
     Exited(ExitStatus),
+    /// Instead of [`GuestMessage::Ready`]: what `Hello` said could not be taken over, and the application stands still.
+    NotReady {
+        /// Which part, and why.
+        reason: String,
+    },
 }
 
 /// How the main process ended.

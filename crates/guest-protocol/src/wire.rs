@@ -96,10 +96,13 @@ mod tests {
         let (mut near, mut far) = tokio::io::duplex(64);
         let sent = StreamHeader::Dial { port: 5000 };
         write_message(&mut near, &sent).await.unwrap();
-        write_message(&mut near, &HostMessage::Detach { marker: [7; 16], trim: None }).await.unwrap();
+        write_message(&mut near, &HostMessage::Detach { marker: [7; 16], parting: crate::Parting::Pause }).await.unwrap();
         drop(near);
         assert_eq!(read_message::<StreamHeader>(&mut far).await.unwrap(), sent);
-        assert_eq!(read_message::<HostMessage>(&mut far).await.unwrap(), HostMessage::Detach { marker: [7; 16], trim: None });
+        assert_eq!(
+            read_message::<HostMessage>(&mut far).await.unwrap(),
+            HostMessage::Detach { marker: [7; 16], parting: crate::Parting::Pause }
+        );
         assert!(matches!(read_message::<HostMessage>(&mut far).await, Err(WireError::Closed)));
     }
 

@@ -14,10 +14,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use hearth_guest_protocol::{LogRecord, LogSource};
+use hearth_guest_protocol::{LogRecord, LogSource, MAX_LINE_BYTES};
 use tokio::{
     io::{AsyncRead, ReadBuf},
-    sync::Notify,
+    sync::{Notify, watch},
     task::coop,
     time::timeout,
 };
@@ -26,8 +26,6 @@ use tokio::{
 const CAPACITY_BYTES: usize = 1 << 20;
 /// What a line costs beside its bytes, about.
 const RECORD_BYTES: usize = 96;
-/// Longest piece of a line, in bytes; a longer line is several records.
-pub const LINE_BYTES: usize = 64 << 10;
 /// Bytes taken from the queue at once, unless one line is longer.
 const BATCH_BYTES: usize = 32 << 10;
 /// Bytes read from a pipe at once.
@@ -47,6 +45,8 @@ struct Shared {
     pushed: Notify,
     /// Records were delivered, or a pipe read empty.
     progress: Notify,
+    /// Nothing more will be written.
+    finished: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -138,11 +138,17 @@ impl Logs {
         }
     }
 
+    /// Nothing more will be written: a pipe that is empty is at its end.
+    pub fn finish(&self) {
+        self.shared.finished.send_replace(true);
+    }
+
     /// Copies a pipe into the queue, line by line, until its end.
     pub async fn collect(self, source: LogSource, mut pipe: impl AsyncRead + Unpin) -> io::Result<()> {
         let mut lines = Lines::default();
         let mut chunk = vec![0; CHUNK_BYTES];
         let mut flow = Flow { logs: &self, on: false };
+        let mut finished = self.shared.finished.subscribe();
         loop {
             let read = |cx: &mut Context<'_>| {
                 let mut buffer = ReadBuf::new(&mut chunk);
@@ -151,7 +157,11 @@ impl Logs {
                 flow.set(read.is_ready() || !coop::has_budget_remaining());
                 read.map_ok(|()| buffer.filled().len())
             };
-            let count = poll_fn(read).await?;
+            let count = tokio::select! {
+                biased;
+                count = poll_fn(read) => count?,
+                _ = finished.wait_for(|finished| *finished) => 0,
+            };
             let mut bytes = &chunk[..count];
             while let Some(line) = if count == 0 { lines.finish() } else { lines.next(&mut bytes) } {
                 self.wait_for_room(line.len()).await;
@@ -214,7 +224,7 @@ impl Drop for Flow<'_> {
     }
 }
 
-/// Cuts a byte stream into lines of at most [`LINE_BYTES`].
+/// Cuts a byte stream into lines of at most [`MAX_LINE_BYTES`].
 #[derive(Debug, Default)]
 struct Lines {
     partial: Vec<u8>,
@@ -226,7 +236,7 @@ impl Lines {
     /// The next line, of what there was before and of the beginning of `bytes`, which is then gone from there.
     fn next(&mut self, bytes: &mut &[u8]) -> Option<Vec<u8>> {
         while !bytes.is_empty() {
-            let room = LINE_BYTES - self.partial.len();
+            let room = MAX_LINE_BYTES - self.partial.len();
             let window = &bytes[..bytes.len().min(room)];
             let end = window.iter().position(|&byte| byte == b'\n');
             self.partial.extend_from_slice(&window[..end.unwrap_or(window.len())]);
@@ -238,7 +248,7 @@ impl Lines {
                 if whole || !line.is_empty() {
                     return Some(line);
                 }
-            } else if self.partial.len() == LINE_BYTES {
+            } else if self.partial.len() == MAX_LINE_BYTES {
                 let rest = self.partial.split_off(whole_characters(&self.partial));
                 self.continued = true;
                 return Some(std::mem::replace(&mut self.partial, rest));
@@ -286,8 +296,8 @@ mod tests {
     #[test]
     fn lines_are_put_together_and_cut() {
         assert_eq!(cut(&[b"on", b"e\n\ntwo\nth", b"ree"]), [b"one".to_vec(), b"".to_vec(), b"two".to_vec(), b"three".to_vec()]);
-        let long = vec![b'x'; LINE_BYTES + 3];
-        assert_eq!(cut(&[&long, b"\n"]), [vec![b'x'; LINE_BYTES], b"xxx".to_vec()]);
+        let long = vec![b'x'; MAX_LINE_BYTES + 3];
+        assert_eq!(cut(&[&long, b"\n"]), [vec![b'x'; MAX_LINE_BYTES], b"xxx".to_vec()]);
         // The end of one that was cut just there is no line, but an empty one after it is.
         let full = &long[3..];
         assert_eq!(cut(&[full, b"\n", b"\n", b"a\n"]), [full, b"", b"a"]);
@@ -297,14 +307,14 @@ mod tests {
 
     #[test]
     fn a_cut_goes_around_characters() {
-        let long = "\u{1F525}".repeat(LINE_BYTES / 4 * 3);
+        let long = "\u{1F525}".repeat(MAX_LINE_BYTES / 4 * 3);
         // Nowhere is the beginning of a character a multiple of the limit.
         let pieces = cut(&[b"abc", long.as_bytes()]);
         assert!(pieces.len() > 2 && pieces.iter().all(|piece| std::str::from_utf8(piece).is_ok()));
         assert_eq!(pieces.concat().len(), 3 + long.len());
         // What is no text is cut where the limit is.
         for byte in [0x80, 0xff, 0xc0] {
-            assert_eq!(cut(&[&vec![byte; 2 * LINE_BYTES]]).concat().len(), 2 * LINE_BYTES);
+            assert_eq!(cut(&[&vec![byte; 2 * MAX_LINE_BYTES]]).concat().len(), 2 * MAX_LINE_BYTES);
         }
         assert_eq!(whole_characters(b"a\xe2\x82"), 1);
         assert_eq!(whole_characters(b"a\xe2\x82\xac"), 4);
@@ -328,14 +338,14 @@ mod tests {
         let logs = Logs::default();
         logs.push(LogSource::Stdout, b"first".to_vec());
         assert_eq!(logs.take().await.len(), 1);
-        for _ in 0..2 * CAPACITY_BYTES / LINE_BYTES {
-            logs.push(LogSource::Stdout, vec![b'x'; LINE_BYTES]);
+        for _ in 0..2 * CAPACITY_BYTES / MAX_LINE_BYTES {
+            logs.push(LogSource::Stdout, vec![b'x'; MAX_LINE_BYTES]);
         }
         // A session that broke off has delivered nothing.
         let again = logs.take().await;
         assert_eq!((again[0].line.as_slice(), again[0].dropped), (b"first".as_slice(), 0));
         logs.delivered();
-        assert!(next(&logs).await.dropped >= (CAPACITY_BYTES / LINE_BYTES) as u64);
+        assert!(next(&logs).await.dropped >= (CAPACITY_BYTES / MAX_LINE_BYTES) as u64);
     }
 
     #[tokio::test]
@@ -398,11 +408,18 @@ mod tests {
         tokio::io::AsyncWriteExt::write_all(&mut app, &b"a line\n".repeat(50_000)).await.unwrap();
         logs.drained(Duration::from_secs(1)).await;
         assert!(reader.is_finished(), "everything was read");
-        // The beginning of a line is not waited for.
+        // The beginning of a line is not waited for, unless it is all that there will be.
         tokio::io::AsyncWriteExt::write_all(&mut app, b"half a").await.unwrap();
         let started = tokio::time::Instant::now();
         logs.drained(Duration::from_secs(1)).await;
         assert_eq!(started.elapsed(), Duration::ZERO);
+        let last = tokio::spawn({
+            let logs = logs.clone();
+            async move { next(&logs).await.line }
+        });
+        logs.finish();
+        logs.drained(Duration::from_secs(1)).await;
+        assert_eq!(last.await.unwrap(), b"half a");
     }
 
     #[tokio::test(start_paused = true)]

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Context;
 use hearth_guest_protocol::{
-    App, BOOT_MARKER, GuestMessage, Hello, HostMessage, LogSource, Marker, Mux, Ready, Stream, StreamHeader, VERSION, WireError,
+    App, BOOT_MARKER, GuestMessage, Hello, HostMessage, LogSource, Marker, Mux, Parting, Ready, Stream, StreamHeader, VERSION, WireError,
     await_marker, mux::MuxDriver, read_message, write_message, write_messages,
 };
 use nix::unistd::Pid;
@@ -45,6 +45,8 @@ const LOGS_PATIENCE: Duration = Duration::from_millis(500);
 const GOOD_ANSWER: Duration = Duration::from_millis(20);
 /// How long to ask before the best answer has to do: the host is very busy.
 const TIME_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the host may take to read why there is no session.
+const REFUSAL_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the host may take to read the marker that answers `Detach`.
 const MARKER_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -61,6 +63,8 @@ enum SessionError {
     NotTime(HostMessage),
     #[error("the host speaks protocol {host}, this guest {VERSION}: the image must be built again")]
     Protocol { host: u32 },
+    #[error("this life could not begin: {0}")]
+    NotReady(String),
     #[error("the host did not read the answer to Detach in time")]
     MarkerUnread,
     #[error(transparent)]
@@ -71,8 +75,7 @@ enum SessionError {
 struct Farewell {
     /// To be answered; it begins the next session.
     marker: Marker,
-    /// See [`HostMessage::Detach`].
-    trim: Option<u64>,
+    parting: Parting,
 }
 
 /// What outlives a session.
@@ -138,8 +141,8 @@ impl Guest {
         tasks.shutdown().await;
         driver.task.abort();
         let _ = (&mut driver.task).await;
-        let Farewell { marker: answer, trim } = result?;
-        if let Some(touched) = trim {
+        let Farewell { marker: answer, parting } = result?;
+        if let Parting::Capture { touched } = parting {
             self.tell_failure(trim::trim(touched));
         }
         *marker = answer;
@@ -173,7 +176,7 @@ impl Guest {
                 Some(message) = outgoing.recv() => write_message(&mut writer, &message).await?,
                 command = commands.recv() => match command.ok_or(SessionError::Closed)?? {
                     HostMessage::Start(app) => self.start(&app, &mut writer, &news, tasks).await?,
-                    HostMessage::Detach { marker, trim } => break Farewell { marker, trim },
+                    HostMessage::Detach { marker, parting } => break Farewell { marker, parting },
                     HostMessage::Stop => if let Err(error) = self.application.stop().await {
                         eprintln!("hearth-guest: stopping the application: {error}");
                     },
@@ -186,6 +189,9 @@ impl Guest {
         };
         let frozen = self.freezer.freeze().await;
         self.tell_failure(frozen);
+        if farewell.parting == Parting::End {
+            self.logs.finish();
+        }
         // What the application has written so far should be known before the machine stops.
         self.logs.drained(LOGS_PATIENCE).await;
         drop(stop_shipping);
@@ -211,33 +217,53 @@ impl Guest {
             HostMessage::Hello(hello) => hello,
             other => return Err(SessionError::NotHello(other)),
         };
-        if hello.protocol == VERSION {
-            self.renew(&hello);
-            let clock = identity::set_clock(ask_time(&mut control).await?);
-            self.tell_failure(clock);
-            self.tell_failure(self.freezer.thaw());
+        if hello.protocol == VERSION
+            && let Err(error) = self.take_over(&hello, &mut control).await?
+        {
+            let reason = format!("{error:#}");
+            refuse(&mut control, &GuestMessage::NotReady { reason: reason.clone() }).await?;
+            return Err(SessionError::NotReady(reason));
         }
-        write_message(&mut control, &GuestMessage::Ready(Ready { protocol: VERSION, kernel: self.kernel.clone() })).await?;
-        if hello.protocol == VERSION { Ok(control) } else { Err(SessionError::Protocol { host: hello.protocol }) }
+        let ready = GuestMessage::Ready(Ready { protocol: VERSION, kernel: self.kernel.clone() });
+        if hello.protocol != VERSION {
+            refuse(&mut control, &ready).await?;
+            return Err(SessionError::Protocol { host: hello.protocol });
+        }
+        write_message(&mut control, &ready).await?;
+        Ok(control)
     }
 
-    /// Takes over this life's identity. A part that fails is told on the console and to the log; the application may do without it.
-    fn renew(&mut self, hello: &Hello) {
-        let random = identity::reseed_random(&hello.entropy).map_err(|error| error.to_string());
-        let network = hello.network.as_ref().map_or(Ok(()), |network| {
-            network::apply(network).map_err(|error| error.to_string())?;
-            self.names.set_resolvers(&network.nameservers).map_err(|error| error.to_string())
-        });
+    /// Takes over what `Hello` says of this life, and lets the application run. If a part fails, it stays as it is: two clones that draw the
+    /// same random numbers are worse than one that does not start.
+    async fn take_over(&mut self, hello: &Hello, control: &mut Stream) -> Result<anyhow::Result<()>, SessionError> {
+        if let Err(error) = self.renew(hello) {
+            return Ok(Err(error));
+        }
+        let time = ask_time(control).await?;
+        let run = || {
+            identity::set_clock(time).context("setting the clock")?;
+            Ok(self.freezer.thaw()?)
+        };
+        Ok(run())
+    }
+
+    /// Takes over this life's identity.
+    fn renew(&mut self, hello: &Hello) -> anyhow::Result<()> {
+        identity::reseed_random(&hello.entropy).context("reseeding the random number generator")?;
+        if let Some(network) = &hello.network {
+            network::apply(network).context("setting up the network")?;
+            // An image may have made this impossible, and then does without.
+            let resolvers = self.names.set_resolvers(&network.nameservers);
+            self.tell_failure(resolvers);
+        }
         // Another host in the same life changes nothing for the application's peers.
         let life = (hello.vm_id.clone(), hello.generation);
-        let connections = match self.life.replace(life.clone()) {
-            Some(previous) if previous != life => connections::end_outbound().map_err(|error| error.to_string()),
-            _ => Ok(()),
-        };
-        let counter = self.counter.show(hello.generation).map_err(|error| format!("showing the generation: {error}"));
-        for result in [random, network, connections, counter] {
-            self.tell_failure(result);
+        if self.life.as_ref().is_some_and(|previous| *previous != life) {
+            connections::end_outbound().context("ending connections")?;
         }
+        self.counter.show(hello.generation).context("showing the generation")?;
+        self.life = Some(life);
+        Ok(())
     }
 
     /// Tells of what went wrong on the console and in the log.
@@ -274,6 +300,13 @@ impl Guest {
         let watch = Watch::begin();
         Ok((self.application.start(app).await?, watch))
     }
+}
+
+/// Says why there is no session, and waits until the host has read it: what is on its way is lost when this side ends the session.
+async fn refuse(control: &mut Stream, message: &GuestMessage) -> Result<(), WireError> {
+    write_message(control, message).await?;
+    let _ = timeout(REFUSAL_DEADLINE, control.read(&mut [0])).await;
+    Ok(())
 }
 
 /// Asks the host for its wall clock, and again while the answer takes long: it is wrong by half of that at most. Returns the time that it is

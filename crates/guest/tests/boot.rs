@@ -11,7 +11,7 @@ use std::{
 
 use hearth_guest_protocol::{
     App, BOOT_MARKER, Carrier, DialReply, ExitStatus, GuestMessage, Hello, HostMessage, LogRecord, LogSource, Marker, MarkerTrigger,
-    MarkerWatch, Mux, Network, PORT_NAME, Stream, StreamHeader, VERSION, read_message, write_message,
+    MarkerWatch, Mux, Network, PORT_NAME, Parting, Stream, StreamHeader, VERSION, read_message, write_message,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -240,9 +240,23 @@ impl Session {
 
     async fn detach(mut self) {
         let seen = self.trigger.arm(DETACH_MARKER);
-        write_message(&mut self.control, &HostMessage::Detach { marker: DETACH_MARKER, trim: None }).await.unwrap();
+        write_message(&mut self.control, &HostMessage::Detach { marker: DETACH_MARKER, parting: Parting::Pause }).await.unwrap();
         timeout(PATIENCE, seen).await.expect("the guest answers Detach").unwrap();
     }
+}
+
+/// What the guest says of itself to a host of another version.
+async fn refused_version(mut io: UnixStream) -> u32 {
+    io.write_all(&BOOT_MARKER).await.unwrap();
+    let (mux, driver) = Mux::client(io);
+    let mut control = mux.open().await.unwrap();
+    write_message(&mut control, &StreamHeader::Control).await.unwrap();
+    let hello = Hello { protocol: VERSION + 1, vm_id: "microvm-test".into(), generation: 1, entropy: vec![7; 600], network: None };
+    write_message(&mut control, &HostMessage::Hello(hello)).await.unwrap();
+    let answer = timeout(PATIENCE, read_message(&mut control)).await.expect("the guest answers").unwrap();
+    driver.task.abort();
+    let GuestMessage::Ready(ready) = answer else { panic!("{answer:?}") };
+    ready.protocol
 }
 
 impl Drop for Session {
@@ -305,6 +319,7 @@ async fn failure(session: &mut Session, app: App) -> String {
 async fn a_guest_serves_one_host_after_another() {
     let Some(mut vm) = Vm::boot().await else { return };
     let host = vm.host();
+    assert_eq!(refused_version(host.connection().await).await, VERSION);
     let mut session = Session::open(host.connection().await, BOOT_MARKER, 1, now_seconds()).await;
 
     // What cannot be started says why, and may be corrected.

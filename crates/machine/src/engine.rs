@@ -6,7 +6,12 @@
 //! launch(Suspended) ─▶ Machine ─▶ …                             (next request)
 //! ```
 
-use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, HookCall, HookReply, LogRecord, MetadataReply, MetadataRequest};
@@ -35,6 +40,9 @@ pub trait Engine: Send + Sync {
 
     /// Host memory, in bytes, that the next launch of this snapshot takes for all of its clones together; none if it is there already.
     async fn unloaded_bytes(&self, snapshot: &Snapshot) -> u64;
+
+    /// Host memory, in bytes, that a machine with this directory takes at once when it is resumed, about; none if it is not suspended.
+    async fn suspended_bytes(&self, dir: &Path) -> u64;
 
     /// Releases what the engine keeps for a snapshot that is about to be deleted (shared memory, prepared machines).
     async fn forget(&self, snapshot: &Snapshot);
@@ -73,9 +81,9 @@ pub trait Machine: Send + Sync {
     /// new session, with a dialer and events of its own. After an error the machine has ended and its state is lost.
     async fn suspend(self: Box<Self>, cancel: CancellationToken) -> Result<SuspendOutcome, SuspendError>;
 
-    /// Ends the machine and waits until its process is gone. The application stops at once; a guest that answers says first what is left to
-    /// be said of it.
-    async fn kill(self: Box<Self>);
+    /// Ends the machine and waits until its process is gone. The application stops at once, and a guest that answers delivers first what the
+    /// application has written. Tells whether it did.
+    async fn kill(self: Box<Self>) -> bool;
 }
 
 /// What can be reached in a guest.
@@ -338,6 +346,9 @@ pub enum GuestError {
         /// Ours.
         host: u32,
     },
+    /// the guest could not begin this life
+    #[error("the guest is not ready: {0}")]
+    NotReady(String),
     /// the session with the guest broke
     #[error("the session with the guest broke: {0}")]
     Session(String),

@@ -2,8 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use hearth_guest_protocol::{Carrier, LogRecord, MetadataReply, Stream, StreamHeader, WireError, read_message, write_message};
-use tokio::{io::copy_bidirectional, sync::mpsc, time::timeout};
+use hearth_guest_protocol::{
+    Carrier, LogRecord, MAX_LINE_BYTES, MetadataReply, Stream, StreamHeader, WireError, read_message, write_message,
+};
+use tokio::{
+    io::copy_bidirectional,
+    sync::{Mutex, Semaphore, mpsc},
+    time::timeout,
+};
 
 use crate::engine::{GuestServices, MachineEvent};
 
@@ -12,24 +18,37 @@ const QUESTION: Duration = Duration::from_secs(10);
 /// How long an answer may take. A guest waits a little longer.
 const ANSWER: Duration = Duration::from_secs(20);
 
+/// Streams of one guest that are served at once. More are reset: a guest may be hostile, and each takes memory and descriptors of the host.
+const AT_ONCE: usize = 256;
+
 /// Serves what the guest opens until its session ends.
 pub async fn accept(mut inbound: mpsc::Receiver<Stream>, services: Arc<dyn GuestServices>, events: mpsc::Sender<MachineEvent>) {
+    let slots = Arc::new(Semaphore::new(AT_ONCE));
+    let log = Arc::new(Mutex::new(Some(events)));
     while let Some(stream) = inbound.recv().await {
-        let (services, events) = (Arc::clone(&services), events.clone());
+        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else { continue };
+        let (services, log) = (Arc::clone(&services), Arc::clone(&log));
         tokio::spawn(async move {
             // The guest has noticed as well: the stream is reset.
-            if let Err(error) = serve(stream, services, events).await {
+            if let Err(error) = serve(stream, services, &log).await {
                 tracing::trace!(%error, "a stream of a guest ended early");
             }
+            drop(slot);
         });
     }
 }
 
-async fn serve(mut stream: Stream, services: Arc<dyn GuestServices>, events: mpsc::Sender<MachineEvent>) -> Result<(), WireError> {
+/// Serves one stream. The log is one stream in a session, and whoever serves that takes the sender.
+async fn serve(
+    mut stream: Stream,
+    services: Arc<dyn GuestServices>,
+    log: &Mutex<Option<mpsc::Sender<MachineEvent>>>,
+) -> Result<(), WireError> {
     match within(QUESTION, read_message(&mut stream)).await? {
         StreamHeader::Log => {
+            let Some(events) = log.lock().await.take() else { return Ok(()) };
             while let Ok(record) = read_message::<LogRecord>(&mut stream).await {
-                if events.send(MachineEvent::Log(record)).await.is_err() {
+                if record.line.len() > MAX_LINE_BYTES || events.send(MachineEvent::Log(record)).await.is_err() {
                     break;
                 }
             }
@@ -60,7 +79,7 @@ mod tests {
     use std::io;
 
     use async_trait::async_trait;
-    use hearth_guest_protocol::{MetadataRequest, Mux};
+    use hearth_guest_protocol::{LogSource, MetadataRequest, Mux};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -104,6 +123,33 @@ mod tests {
         let mut stream = guest.open().await.unwrap();
         write_message(&mut stream, &header).await.unwrap();
         stream
+    }
+
+    #[tokio::test]
+    async fn a_guest_has_one_log_and_so_many_streams() {
+        let (near, far) = tokio::io::duplex(4096);
+        let (_host, host_driver) = Mux::client(near);
+        let (guest, _guest_driver) = Mux::server(far);
+        let (events, mut receiver) = mpsc::channel(1);
+        tokio::spawn(accept(host_driver.inbound, Arc::new(NoServices), events));
+        let record = |bytes| LogRecord { source: LogSource::Stdout, time_ns: 1, line: vec![b'x'; bytes], dropped: 0 };
+        let mut log = open(&guest, StreamHeader::Log).await;
+        write_message(&mut log, &record(MAX_LINE_BYTES)).await.unwrap();
+        assert_eq!(receiver.recv().await, Some(MachineEvent::Log(record(MAX_LINE_BYTES))));
+
+        let mut silent = Vec::new();
+        for _ in 1..AT_ONCE {
+            silent.push(guest.open().await.unwrap());
+            silent.last_mut().unwrap().write_all(&[0]).await.unwrap();
+        }
+        let mut refused = guest.open().await.unwrap();
+        let _ = refused.write_all(&[0]).await;
+        assert_eq!(refused.read(&mut [0]).await.unwrap_or(0), 0, "it is reset");
+        silent.clear();
+
+        // Longer than a line may be: the end of the log, and no other one takes its place.
+        write_message(&mut log, &record(MAX_LINE_BYTES + 1)).await.unwrap();
+        assert_eq!(receiver.recv().await, None);
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use hearth_guest_protocol::{
     self as protocol, App, Carrier, DialReply, GuestMessage, Hello, HookCall, HookReply, HostMessage, Marker, MarkerTrigger, MarkerWatch,
-    Mux, Network, Ready, Stream, StreamHeader, read_message, write_message,
+    Mux, MuxError, Network, Parting, Ready, Stream, StreamHeader, read_message, write_message,
 };
 use tokio::{
     io::{AsyncWriteExt, ReadHalf, WriteHalf},
@@ -101,6 +101,7 @@ impl Session {
         write_message(&mut control, &HostMessage::Hello(hello)).await.map_err(broken)?;
         loop {
             match read_message(&mut control).await.map_err(broken)? {
+                GuestMessage::NotReady { reason } => return Err(GuestError::NotReady(reason)),
                 GuestMessage::AskTime => {
                     write_message(&mut control, &HostMessage::Time { wall_clock_ns: wall_clock_ns() }).await.map_err(broken)?;
                 }
@@ -142,12 +143,12 @@ impl Session {
     /// Starts the application.
     pub async fn start(&self, app: App) -> Result<(), GuestError> {
         let mut started = self.started.clone();
-        write_message(&mut *self.control.lock().await, &HostMessage::Start(app)).await.map_err(broken)?;
-        let answer = timeout(ANSWER, started.wait_for(Option::is_some))
-            .await
-            .map_err(|_| GuestError::Timeout { what: "start the application", timeout: ANSWER })?
-            .map_err(broken)?;
-        answer.clone().expect("waited until it is there").map_err(GuestError::App)
+        let exchange = async {
+            write_message(&mut *self.control.lock().await, &HostMessage::Start(app)).await.map_err(broken)?;
+            let answer = started.wait_for(Option::is_some).await.map_err(broken)?;
+            answer.clone().expect("waited until it is there").map_err(GuestError::App)
+        };
+        timeout(ANSWER, exchange).await.map_err(|_| GuestError::Timeout { what: "start the application", timeout: ANSWER })?
     }
 
     /// Sends the application its stop signal.
@@ -162,15 +163,18 @@ impl Session {
     }
 
     /// Ends the session and returns the marker that begins the next one. When this returns, neither side reads or writes anything any more, and
-    /// the application stands still. `trim` is for a capture: how many bytes of memory the guest has ever touched.
-    pub async fn detach(mut self, trim: Option<u64>) -> Result<Marker, GuestError> {
+    /// the application stands still.
+    pub async fn detach(mut self, parting: Parting) -> Result<Marker, GuestError> {
         let random: [u8; 16] = entropy().map_err(broken)?[..16].try_into().expect("more than 16 bytes were drawn");
         let marker = protocol::new_marker(random);
         let seen = self.trigger.arm(marker);
-        write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker, trim }).await.map_err(broken)?;
-        let deadline = if trim.is_some() { TRIMMED } else { ANSWER };
+        let deadline = if matches!(parting, Parting::Capture { .. }) { TRIMMED } else { ANSWER };
+        let exchange = async {
+            write_message(&mut *self.control.lock().await, &HostMessage::Detach { marker, parting }).await.map_err(broken)?;
+            seen.await.map_err(|_| broken("it ended before the guest answered `Detach`"))
+        };
         let unanswered = |_| GuestError::Timeout { what: "let go of its session", timeout: deadline };
-        timeout(deadline, seen).await.map_err(unanswered)?.map_err(|_| broken("it ended before the guest answered `Detach`"))?;
+        timeout(deadline, exchange).await.map_err(unanswered)??;
         self.driver.abort();
         // Its only failure would be a panic of the task, which ended it as well.
         let _ = (&mut self.driven).await;
@@ -193,13 +197,16 @@ impl Dial for SessionDialer {
             Target::Files(copy) => StreamHeader::Copy(copy),
         };
         let gone = |error: &dyn std::fmt::Display| DialError::Gone(error.to_string());
+        let failed = |reason| DialError::Failed { target: target.clone(), reason };
         let connect = async {
-            let mut stream = self.mux.open().await.map_err(|error| gone(&error))?;
+            let mut stream = self.mux.open().await.map_err(|error| match error {
+                MuxError::Full => failed(error.to_string()),
+                error => gone(&error),
+            })?;
             write_message(&mut stream, &header).await.map_err(|error| gone(&error))?;
             let reply = read_message(&mut stream).await.map_err(|error| gone(&error))?;
             Ok((stream, reply))
         };
-        let failed = |reason| DialError::Failed { target: target.clone(), reason };
         let timed_out = |_| failed(format!("the guest did not answer within {} s", DIAL.as_secs()));
         match timeout(DIAL, connect).await.map_err(timed_out)?? {
             (stream, DialReply::Connected) if matches!(target, Target::Port(_)) => Ok(Box::new(Carrier::new(stream))),
@@ -238,7 +245,7 @@ async fn read_control(
             }
             GuestMessage::Listening { port } => MachineEvent::Listening(port),
             GuestMessage::Exited(status) => MachineEvent::AppExited(status),
-            GuestMessage::Ready(_) | GuestMessage::AskTime => continue,
+            GuestMessage::Ready(_) | GuestMessage::NotReady { .. } | GuestMessage::AskTime => continue,
         };
         if events.send(event).await.is_err() {
             return;

@@ -29,9 +29,8 @@ const CLOCK_ERROR: u64 = 50_000_000;
 /// Bytes that the dirty set may grow by from the second quarter of many suspends to the last, however many they are. It does grow at first:
 /// the driver of the port to the host has a thousand buffers and uses them in turn.
 const MOST_GROWTH: u64 = 384 << 10;
-/// How often the test of many suspends suspends its machine, unless `HEARTH_TEST_CYCLES` says how often. What it looks for shows by then; a
-/// hundred are for the patient.
-const CYCLES: u64 = 30;
+/// How often the test of many suspends suspends its machine, unless `HEARTH_TEST_CYCLES` says how often.
+const CYCLES: u64 = 100;
 
 /// Counts its visitors in memory and on disk, and makes memory dirty when told to.
 const SERVER: &str = r#"
@@ -51,12 +50,15 @@ while ($c = $s->accept) {
 }
 "#;
 
-/// Says what its resolvers are, what becomes of a name and what of a connection.
+/// Says what its resolvers are, what becomes of a name and what of a connection; or sends 64 kB to where nobody answers.
 const EXPLORER: &str = r#"
 use IO::Socket;
 $s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 5000, Listen => 5, ReuseAddr => 1) or die "listen: $!";
 while ($c = $s->accept) {
-    <$c>;
+    if (<$c> eq "send\n") {
+        $u = IO::Socket::INET->new(Proto => "udp", PeerAddr => "198.51.100.10", PeerPort => 9) or die; $u->send("x" x 1000) for 1..64;
+        print $c "sent"; close $c; next;
+    }
     open(R, "<", "/etc/resolv.conf"); @lines = <R>; close R; chomp @lines;
     $name = gethostbyname("www.example.com") ? "found" : "unknown";
     $t = IO::Socket::INET->new(PeerAddr => "198.51.100.10", PeerPort => 80, Timeout => 20); $said = $t ? "connected" : "$!";
@@ -493,7 +495,6 @@ fn holdings() -> [usize; 3] {
 async fn a_machine_that_is_suspended_again_and_again_stays_as_it_is() {
     let Some(bench) = Bench::new("cycles").await else { return };
     let cycles = std::env::var("HEARTH_TEST_CYCLES").map_or(CYCLES, |number| number.parse().unwrap());
-    eprintln!("suspends and resumes {cycles} times; HEARTH_TEST_CYCLES=100 for more");
     let mut machine = bench.boot("image").await;
     let mut events = machine.take_events().unwrap();
     machine.start_app(app(&["perl", "-e", SERVER])).await.unwrap();
@@ -557,6 +558,21 @@ async fn a_clone_has_the_egress_of_its_launch_and_not_of_its_snapshot() {
         assert!(begun.elapsed() < Duration::from_secs(5), "refusals are answers, not silence");
         machine.kill().await;
     }
+
+    // What it sends of its own accord is counted.
+    let mut spec = bench.spec("sender", &snapshot, LaunchSource::Snapshot, 1);
+    spec.egress = Egress::Internet;
+    let machine = bench.engine.launch(spec).await.unwrap();
+    let before = machine.usage().unwrap().sent_bytes;
+    assert!(before < 10_000, "{before} bytes before it was told to send any");
+    assert_eq!(ask(&*machine, "send").await, "sent");
+    let counted = async {
+        while machine.usage().unwrap().sent_bytes - before < 60_000 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, counted).await.expect("64 kB of datagrams are counted");
+    machine.kill().await;
     bench.end().await;
 }
 

@@ -252,15 +252,14 @@ impl Pipeline {
             () = self.shared.stop.cancelled() => Err(HOST_STOPPED.to_owned()),
         };
         if let Err(reason) = ready {
-            machine.kill().await;
-            pump.last_words().await;
+            pump.kill(machine).await;
             return Err(reason);
         }
         let into = version_dir(&self.shared.settings.data_dir, &self.image.id, self.job.number);
         if let Some(parent) = into.parent()
             && let Err(error) = tokio::fs::create_dir_all(parent).await
         {
-            machine.kill().await;
+            pump.kill(machine).await;
             return Err(self.io_failed("creating the image's directory", &error).await);
         }
         self.say("The application is ready. Taking the snapshot.".to_owned()).await;
@@ -344,8 +343,7 @@ impl Pipeline {
                 Err(error) => tracing::warn!(build = self.job.build_id, %error, "a working set could not be recorded"),
             }
         }
-        machine.kill().await;
-        pump.last_words().await;
+        pump.kill(machine).await;
         checked
     }
 

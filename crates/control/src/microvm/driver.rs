@@ -331,7 +331,8 @@ impl Driver {
     async fn resume(&mut self) -> Result<(), CallError> {
         // A snapshot that cannot be opened is found to be so by the launch.
         let snapshot = self.shared.snapshots.get(&self.record.image_id, self.record.number).await;
-        let promised = match self.shared.admit(snapshot.ok().as_deref(), 0).await {
+        let own_bytes = self.shared.engine.suspended_bytes(&self.dir).await;
+        let promised = match self.shared.admit(snapshot.ok().as_deref(), 0, own_bytes).await {
             Ok(promised) => promised,
             Err(shortage) => {
                 // Those who wait are told; it sleeps on as before.

@@ -101,11 +101,11 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// Promises memory to a clone of a snapshot, or so much if there is none.
-    pub async fn admit(&self, snapshot: Option<&Snapshot>, memory_mib: u32) -> Result<Reservation, Shortage> {
-        let Some(snapshot) = snapshot else { return self.capacity.admit_clone(memory_mib, None) };
+    pub async fn admit(&self, snapshot: Option<&Snapshot>, memory_mib: u32, own_bytes: u64) -> Result<Reservation, Shortage> {
+        let Some(snapshot) = snapshot else { return self.capacity.admit_clone(memory_mib, own_bytes, None) };
         let unloaded_bytes = self.engine.unloaded_bytes(snapshot).await;
         let image = capacity::Shared { snapshot: &snapshot.dir, bytes: snapshot.manifest.memory_bytes, unloaded_bytes };
-        self.capacity.admit_clone(snapshot.manifest.memory_mib, Some(image))
+        self.capacity.admit_clone(snapshot.manifest.memory_mib, own_bytes, Some(image))
     }
 }
 

@@ -42,8 +42,7 @@ impl Running {
     }
 
     async fn kill(self) {
-        self.machine.kill().await;
-        self.pump.last_words().await;
+        self.pump.kill(self.machine).await;
     }
 }
 

@@ -596,6 +596,19 @@ async fn a_host_without_memory_refuses_to_run_and_to_wake() {
 }
 
 #[tokio::test]
+async fn what_a_microvm_has_changed_needs_room_when_it_wakes() {
+    let world = cramped(600).await;
+    let vm = world.run(idle(60, 600, true)).await;
+    world.control.suspend_microvm(&caller(), &vm.id).await.unwrap();
+    world.reaches(&vm.id, Suspended).await;
+    world.engine.suspended_bytes.store(700 << 20, Ordering::SeqCst);
+    let refused = world.control.resume_microvm(&caller(), &vm.id).await;
+    assert!(matches!(&refused, Err(ControlError::InsufficientCapacity(text)) if text.contains("needs 701 MiB")), "{refused:?}");
+    world.engine.suspended_bytes.store(500 << 20, Ordering::SeqCst);
+    world.control.resume_microvm(&caller(), &vm.id).await.expect("no more than its part");
+}
+
+#[tokio::test]
 async fn the_memory_of_an_image_counts_once_for_all_of_its_microvms() {
     let world = cramped(1400).await;
     world.engine.memory_bytes.store(300 << 20, Ordering::SeqCst);

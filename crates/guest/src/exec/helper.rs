@@ -23,6 +23,7 @@ use nix::{
     libc,
     pty::{PtyMaster, posix_openpt, ptsname_r, unlockpt},
     sys::{
+        signal::{Signal, kill},
         socket::{ControlMessage, MsgFlags, sendmsg},
         stat::Mode,
         wait::{Id, WaitPidFlag, WaitStatus, waitid},
@@ -119,7 +120,11 @@ fn run(mut report: &UnixStream) -> Result<(), ExecError> {
             if !reason.is_empty() {
                 return Err(ExecError::Process(reason));
             }
-            send(report, &format!("{STARTED}{child}\n"), &ours).map_err(io::Error::from)?;
+            if let Err(error) = send(report, &format!("{STARTED}{child}\n"), &ours) {
+                // Whoever asked for the process is gone, and would never hear of it.
+                let _ = kill(child, Signal::SIGKILL);
+                return Err(io::Error::from(error).into());
+            }
             drop(ours);
             let code = wait(child).map_err(io::Error::from)?;
             report.write_all(format!("{EXITED}{code}\n").as_bytes())?;

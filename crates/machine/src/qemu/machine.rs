@@ -13,7 +13,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use hearth_guest_protocol::{App, Marker};
+use hearth_guest_protocol::{App, Marker, Parting};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -78,13 +78,9 @@ impl QemuMachine {
         let (id, expected) = (parts.id.clone(), closing.clone());
         tokio::spawn(async move {
             let broken = async {
-                let by_guest = match broken {
+                match broken {
                     Some(broken) => broken.await.is_ok(),
                     None => false,
-                };
-                if !by_guest {
-                    // The host ended the session, and will end the process.
-                    std::future::pending::<()>().await;
                 }
             };
             tokio::pin!(exited, broken, disk_failure);
@@ -92,7 +88,11 @@ impl QemuMachine {
             let reason = loop {
                 tokio::select! {
                     reason = &mut exited => break reason,
-                    () = &mut broken => {
+                    by_guest = &mut broken => {
+                        if !by_guest || expected.load(Ordering::Acquire) {
+                            // The host ended the session. Whoever waits for the last of its events shall not wait for this task.
+                            return;
+                        }
                         // A session that breaks because its process ended is better explained by the process.
                         let ended = timeout(Duration::from_secs(1), &mut exited).await;
                         break ended.unwrap_or_else(|_| "the guest broke its session off".into());
@@ -150,7 +150,7 @@ impl Machine for QemuMachine {
             return Err(CaptureError::Monitor("only a machine that was booted can be captured".to_owned()));
         };
         let touched = memory::allocated_bytes(&memory).map_err(|source| Failure::host("looking at guest memory", source))?;
-        let marker = self.session.detach(Some(touched)).await?;
+        let marker = self.session.detach(Parting::Capture { touched }).await?;
         freeze(&parts.qmp, &parts.state_path).await?;
         end(parts.process, &parts.qmp).await;
         let disk_bytes = fs::metadata(&rootfs).map_err(Failure::of("opening", &rootfs))?.len();
@@ -208,7 +208,7 @@ impl Machine for QemuMachine {
         let Origin::Clone { mapped, ref image, .. } = parts.origin else {
             return Err(SuspendError::Monitor("only a clone of a snapshot can be suspended".to_owned()));
         };
-        let marker = self.session.detach(None).await?;
+        let marker = self.session.detach(Parting::Pause).await?;
         if cancel.is_cancelled() {
             return parts.run_on(marker).await;
         }
@@ -236,13 +236,14 @@ impl Machine for QemuMachine {
         Ok(Usage { cpu: self.parts.process.cpu_time()?, sent_bytes: self.parts.slot.sent_bytes()? })
     }
 
-    async fn kill(self: Box<Self>) {
+    async fn kill(self: Box<Self>) -> bool {
         self.expect_end();
         let Self { parts, session, .. } = *self;
-        // A guest that lets go of its session has delivered its log. Another one has nothing to say.
-        let _ = timeout(LAST_WORDS, session.detach(None)).await;
+        // A guest that lets go of its session has delivered its log.
+        let delivered = matches!(timeout(LAST_WORDS, session.detach(Parting::End)).await, Ok(Ok(_)));
         parts.process.kill().await;
-        tracing::debug!(id = parts.id, "killed");
+        tracing::debug!(id = parts.id, delivered, "killed");
+        delivered
     }
 }
 

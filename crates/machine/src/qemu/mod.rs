@@ -393,6 +393,10 @@ impl Engine for Qemu {
         if self.shared.images.holds(&snapshot.dir).await { 0 } else { snapshot.manifest.memory_bytes }
     }
 
+    async fn suspended_bytes(&self, dir: &Path) -> u64 {
+        SuspendedState::bytes(dir).await
+    }
+
     async fn forget(&self, snapshot: &Snapshot) {
         self.shared.images.forget(&snapshot.dir).await;
     }

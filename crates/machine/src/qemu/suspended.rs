@@ -10,7 +10,7 @@ use hearth_guest_protocol::Marker;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use super::NEXT_STATE;
+use super::{NEXT_STATE, OVERLAY};
 use crate::{
     changes::{self, Change},
     engine::Suspended,
@@ -68,6 +68,8 @@ impl SuspendedState {
         };
         let state = File::open(dir.join(NEXT_STATE))?;
         state.sync_data()?;
+        // The disk must not be older than the memory that knows it.
+        File::open(dir.join(OVERLAY))?.sync_data()?;
         fs::rename(dir.join(NEXT_STATE), draft.join(DEVICE_STATE))?;
         let device_state_bytes = state.metadata()?.len();
         let dirty_bytes = changes::changed_bytes(&changes);
@@ -99,6 +101,12 @@ impl SuspendedState {
             }
         }
         Ok(Self { dir, manifest })
+    }
+
+    /// What a resume writes into the machine's memory, in bytes.
+    pub async fn bytes(machine_dir: &Path) -> u64 {
+        // Without it the resume fails, and says why.
+        tokio::fs::metadata(machine_dir.join(SUSPENDED).join(CHANGES)).await.map_or(0, |changes| changes.len())
     }
 
     /// Path of the device state.
