@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -13,11 +14,11 @@ use std::{
 
 use async_trait::async_trait;
 use hearth_build::{BuildError, BuildRequest, Built, ImageBuilder, ImageConfig};
-use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, HookCall, HookReply, LogRecord, LogSource};
+use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, HookCall, HookReply, LogRecord, LogSource, Network};
 use hearth_machine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
-    LaunchSource, LaunchSpec, Machine, MachineEvent, Platform, Snapshot, SnapshotManifest, SuspendError, SuspendOutcome, Suspended, Target,
-    Usage,
+    LaunchSource, LaunchSpec, Machine, MachineEvent, NetworkError, Outlet, Platform, Snapshot, SnapshotManifest, SuspendError,
+    SuspendOutcome, Suspended, Target, Usage,
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS},
 };
 use hearth_objects::{FetchError, ObjectUri, Objects, PutError};
@@ -237,6 +238,10 @@ impl Engine for EngineHandle {
         if self.0.loaded.load(Ordering::SeqCst) { 0 } else { snapshot.manifest.memory_bytes }
     }
 
+    async fn outlet(&self) -> Result<Box<dyn Outlet>, NetworkError> {
+        Ok(Box::new(FakeOutlet))
+    }
+
     async fn forget(&self, _snapshot: &Snapshot) {
         self.0.forgotten.fetch_add(1, Ordering::SeqCst);
     }
@@ -413,6 +418,29 @@ impl Dial for FakeDial {
                 Err(HookError::Gone("the session ended".to_owned()))
             }
         }
+    }
+}
+
+/// A connection to nowhere.
+#[derive(Debug)]
+struct FakeOutlet;
+
+#[async_trait]
+impl Outlet for FakeOutlet {
+    fn network(&self) -> Network {
+        Network { address: [10, 0, 2, 15].into(), prefix: 24, gateway: [10, 0, 2, 2].into(), nameservers: Vec::new(), mtu: 1500 }
+    }
+
+    async fn plug(&mut self, _pid: u32) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    async fn share(&mut self, _address: SocketAddr) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    async fn restrict(&mut self, _egress: &Egress) -> Result<(), NetworkError> {
+        Ok(())
     }
 }
 

@@ -8,13 +8,14 @@
 
 use std::{
     fmt, io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use async_trait::async_trait;
-use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, HookCall, HookReply, LogRecord, MetadataReply, MetadataRequest};
+use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, HookCall, HookReply, LogRecord, MetadataReply, MetadataRequest, Network};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
@@ -22,7 +23,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    network::Egress,
+    network::{Egress, NetworkError},
     snapshot::{Platform, Snapshot, SnapshotError},
 };
 
@@ -43,6 +44,9 @@ pub trait Engine: Send + Sync {
 
     /// Host memory, in bytes, that a machine with this directory takes at once when it is resumed, about; none if it is not suspended.
     async fn suspended_bytes(&self, dir: &Path) -> u64;
+
+    /// A network slot for what is no machine, such as an image build.
+    async fn outlet(&self) -> Result<Box<dyn Outlet>, NetworkError>;
 
     /// Releases what the engine keeps for a snapshot that is about to be deleted (shared memory, prepared machines).
     async fn forget(&self, snapshot: &Snapshot);
@@ -84,6 +88,22 @@ pub trait Machine: Send + Sync {
     /// Ends the machine and waits until its process is gone. The application stops at once, and a guest that answers delivers first what the
     /// application has written. Tells whether it did.
     async fn kill(self: Box<Self>) -> bool;
+}
+
+/// A network slot without a machine. Dropping it disconnects what was plugged in.
+#[async_trait]
+pub trait Outlet: fmt::Debug + Send + Sync {
+    /// What is behind the outlet must know of its network.
+    fn network(&self) -> Network;
+
+    /// Connects the network namespace of a process: its `eth0` reaches what the host routes, but nothing of the host. Once.
+    async fn plug(&mut self, pid: u32) -> Result<(), NetworkError>;
+
+    /// Makes an address of the host's loopback the same address inside what was plugged in.
+    async fn share(&mut self, address: SocketAddr) -> Result<(), NetworkError>;
+
+    /// From now on only what `egress` says is let out.
+    async fn restrict(&mut self, egress: &Egress) -> Result<(), NetworkError>;
 }
 
 /// What can be reached in a guest.

@@ -17,7 +17,7 @@ mod working_set;
 
 pub use engine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
-    LaunchSource, LaunchSpec, Machine, MachineEvent, NoServices, SuspendError, SuspendOutcome, Suspended, Target, Usage,
+    LaunchSource, LaunchSpec, Machine, MachineEvent, NoServices, Outlet, SuspendError, SuspendOutcome, Suspended, Target, Usage,
 };
-pub use network::Egress;
+pub use network::{Egress, NetworkError};
 pub use snapshot::{Platform, Snapshot, SnapshotError, SnapshotManifest};

@@ -17,6 +17,7 @@
 //! egress   policies and their text         slot      namespace, tap, link
 //! rules    nftables                        resolver  the names of a policy
 //! links    addresses between host and slots doors    addresses that names opened
+//! outlet   a slot without a machine
 //! host     what the host's network is like tools     ip and nft
 //! ```
 
@@ -24,6 +25,7 @@ mod doors;
 mod egress;
 mod host;
 mod links;
+mod outlet;
 mod resolver;
 mod rules;
 mod slot;
@@ -33,7 +35,10 @@ use std::{
     fs, io,
     net::Ipv4Addr,
     process::{Command, Stdio},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -46,6 +51,7 @@ use tokio_util::task::TaskTracker;
 pub use self::{
     egress::{Egress, EgressError, EgressPolicy, EgressRule, MAX_RULES, PortRange, Protocol, Target},
     links::{Links, LinksError},
+    outlet::SlotOutlet,
     slot::Slot,
 };
 use self::{host::Nameservers, slot::Surroundings, tools::run};
@@ -94,7 +100,7 @@ pub struct Slots {
     ready: Mutex<mpsc::Receiver<Result<Slot, NetworkError>>>,
     removals: TaskTracker,
     table: Table,
-    surroundings: Surroundings,
+    surroundings: Arc<Surroundings>,
 }
 
 impl Slots {
@@ -115,15 +121,27 @@ impl Slots {
                 place.send(Slot::make(links, &tracker).await);
             }
         });
-        let surroundings = Surroundings { links, nameservers, mtu: host::uplink_mtu() };
+        let surroundings = Arc::new(Surroundings { links, nameservers, mtu: host::uplink_mtu() });
         Ok(Self { ready: Mutex::new(ready), removals, table, surroundings })
     }
 
     /// Takes a slot that lets out what `egress` says, and nothing else from its first packet on.
     pub async fn take(&self, egress: &Egress) -> Result<Slot, NetworkError> {
+        let mut slot = self.next().await?;
+        slot.restrict(egress, &self.surroundings).await?;
+        Ok(slot)
+    }
+
+    /// Takes a slot for what is no machine. It lets out what the host routes, until it is restricted.
+    pub async fn outlet(&self) -> Result<SlotOutlet, NetworkError> {
+        let mut slot = self.next().await?;
+        slot.open(&self.surroundings);
+        Ok(SlotOutlet::new(slot, Arc::clone(&self.surroundings)))
+    }
+
+    async fn next(&self) -> Result<Slot, NetworkError> {
         let exhausted = || Err(NetworkError::Exhausted(self.surroundings.links));
-        let slot = self.ready.lock().await.recv().await.unwrap_or_else(exhausted)?;
-        slot.restrict(egress, &self.surroundings).await
+        self.ready.lock().await.recv().await.unwrap_or_else(exhausted)
     }
 
     /// Ends the making of slots, waits until those that were dropped are gone, and removes the host's rules. IPv4 forwarding stays on:

@@ -17,7 +17,7 @@ use nix::sched::{CloneFlags, unshare};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::{
-    Egress, EgressPolicy, GATEWAY, GATEWAY_MAC, GUEST, Links, NetworkError,
+    Egress, EgressPolicy, GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, Links, NetworkError,
     doors::Doors,
     host::Nameservers,
     io_error,
@@ -80,10 +80,15 @@ impl Slot {
         Err(NetworkError::Exhausted(links))
     }
 
-    /// Puts a policy in force. No guest may have had the slot yet.
-    pub(super) async fn restrict(mut self, egress: &Egress, around: &Surroundings) -> Result<Self, NetworkError> {
+    /// Lets out what the host routes, until it is restricted.
+    pub(super) fn open(&mut self, around: &Surroundings) {
         self.mtu = around.mtu;
         self.nameservers.clone_from(&around.nameservers.for_guests);
+    }
+
+    /// Puts a policy in force. Connections that are open stay open.
+    pub(super) async fn restrict(&mut self, egress: &Egress, around: &Surroundings) -> Result<(), NetworkError> {
+        self.open(around);
         match egress {
             Egress::Internet => {}
             Egress::None => {
@@ -98,7 +103,28 @@ impl Slot {
             }
             Egress::Policy(policy) => nft(&self.namespace, &rules::policy(policy)).await?,
         }
-        Ok(self)
+        Ok(())
+    }
+
+    /// Connects the network namespace of a process in the place of a machine: its `eth0` is what a guest's is.
+    pub(super) async fn plug(&self, pid: u32) -> Result<OwnedFd, NetworkError> {
+        let path = format!("/proc/{pid}/ns/net");
+        let plugged = OwnedFd::from(File::open(path).map_err(io_error("opening a build's network namespace"))?);
+        // The rules know the guest's side by the name of the tap.
+        let slot = format!(
+            "addr flush dev tap0
+link set tap0 down
+link set tap0 name spare0
+link add tap0 address {GATEWAY_MAC} type veth peer name eth0 address {GUEST_MAC} netns {pid}
+addr add {GATEWAY}/24 dev tap0
+link set tap0 up
+"
+        );
+        run(inside(&self.namespace, Command::new("ip").args(["-batch", "-"])), "ip", &slot).await?;
+        let mtu = self.mtu;
+        let guest = format!("link set lo up\naddr add {GUEST}/24 dev eth0\nlink set eth0 mtu {mtu} up\nroute add default via {GATEWAY}\n");
+        run(inside(&plugged, Command::new("ip").args(["-batch", "-"])), "ip", &guest).await?;
+        Ok(plugged)
     }
 
     async fn start_resolver(&mut self, policy: &EgressPolicy, around: &Surroundings) -> Result<(), NetworkError> {

@@ -45,10 +45,12 @@ use self::{
     suspended::SuspendedState,
 };
 use crate::{
-    engine::{BootError, BootSpec, CaptureError, Engine, GuestServices, LaunchError, LaunchSource, LaunchSpec, Machine, SuspendError},
+    engine::{
+        BootError, BootSpec, CaptureError, Engine, GuestServices, LaunchError, LaunchSource, LaunchSpec, Machine, Outlet, SuspendError,
+    },
     kit::Kit,
     memory::{self, Mapping},
-    network::{Egress, Slot, Slots},
+    network::{Egress, NetworkError, Slot, Slots},
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, Platform, ROOTFS, Snapshot, SnapshotError},
 };
 
@@ -395,6 +397,10 @@ impl Engine for Qemu {
 
     async fn suspended_bytes(&self, dir: &Path) -> u64 {
         SuspendedState::bytes(dir).await
+    }
+
+    async fn outlet(&self) -> Result<Box<dyn Outlet>, NetworkError> {
+        Ok(Box::new(self.slots.outlet().await?))
     }
 
     async fn forget(&self, snapshot: &Snapshot) {
