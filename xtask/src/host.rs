@@ -9,10 +9,8 @@ use crate::process;
 
 /// Package, and a file that tells that it is there.
 const PACKAGES: &[(&str, &str)] = &[
-    ("buildah", "/usr/bin/buildah"),
     ("ca-certificates", "/etc/ssl/certs/ca-certificates.crt"),
     ("cpio", "/usr/bin/cpio"),
-    ("crun", "/usr/bin/crun"),
     ("curl", "/usr/bin/curl"),
     ("e2fsprogs", "/usr/sbin/mkfs.ext4"),
     ("iproute2", "/usr/sbin/ip"),
@@ -25,6 +23,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("openssl", "/usr/bin/openssl"),
     ("pebble", "/usr/bin/pebble"),
     ("procps", "/usr/bin/pgrep"),
+    ("runc", "/usr/sbin/runc"),
     ("zip", "/usr/bin/zip"),
     ("zstd", "/usr/bin/zstd"),
 ];

@@ -1,9 +1,11 @@
-//! Makes the guest kit: the distribution's kernel, an initramfs with the guest's PID 1 and the modules it needs, and the managed base image.
+//! Makes the guest kit: the distribution's kernel, an initramfs with the guest's PID 1 and the modules it needs, the
+//! managed base image's stand-in, and the image builder's root file system.
 //!
 //! Each file is made again only when what it is made from has changed: the fingerprints of the inputs are kept beside the kit. A new kit
 //! is put together in a directory of its own and takes the old one's place at once.
 
 mod base;
+mod builder;
 mod cpio;
 mod guest;
 mod kernel;
@@ -26,13 +28,14 @@ use sha2::{Digest, Sha256};
 use self::kernel::{Kernel, Package};
 
 /// Version of the kit's layout, as the manifest names it.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Version of how the files are made: another number makes them all again.
 const RECIPE: u32 = 1;
 
 const VMLINUZ: &str = "vmlinuz";
 const INITRAMFS: &str = "initramfs.cpio";
 const BASE: &str = "base.tar";
+const BUILDER: &str = "builder.tar";
 const MANIFEST: &str = "manifest.json";
 const INPUTS: &str = "inputs.json";
 
@@ -77,10 +80,12 @@ pub fn ensure(out: &Path) -> Result<Kit> {
     let (package, guest) = (package?, guest?);
     // On a fresh machine, apt's lists have only just come with the search for the kernel.
     let sources = sources.or_else(|_| base::Sources::find())?;
+    let builder = builder::Recipe::new(&sources)?;
     let wanted = Inputs::from([
         (VMLINUZ.to_owned(), fingerprint(&[&package.identity()])),
         (INITRAMFS.to_owned(), fingerprint(&[&package.identity(), &checksum(&guest)?.sha256, &modules::WANTED.join(" ")])),
         (BASE.to_owned(), fingerprint(&[&sources.identity()])),
+        (BUILDER.to_owned(), fingerprint(&[&builder.identity()])),
     ]);
     let present = Present::read(out);
     if let Some(kit) = present.complete(&wanted) {
@@ -104,6 +109,7 @@ pub fn ensure(out: &Path) -> Result<Kit> {
         match name.as_str() {
             VMLINUZ => kernel()?.copy_image(&file)?,
             INITRAMFS => write_initramfs(&file, &guest, &kernel()?)?,
+            BUILDER => builder.build(&file)?,
             _ => sources.build(&file)?,
         }
         println!("made the kit's {name} in {:.1} s", started.elapsed().as_secs_f64());

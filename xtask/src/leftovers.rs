@@ -7,10 +7,10 @@ use anyhow::Result;
 use crate::process;
 
 /// Programs that only a server, its builds and its MicroVMs start.
-const PROGRAMS: &[&str] = &["qemu-system-x86", "qemu-img", "buildah", "crun", "mkfs.ext4", "hearth", "newuidmap", "fuse-overlayfs"];
+const PROGRAMS: &[&str] = &["qemu-system-x86", "qemu-img", "runc", "dockerd", "containerd", "mkfs.ext4", "hearth"];
 /// Directories where temporary things of ours would lie, and how their names begin.
 const TEMPORARY: &[&str] = &["/tmp", "/var/tmp", "/run", "/dev/shm"];
-const NAMES: &[&str] = &["hearth", "buildah", "qemu"];
+const NAMES: &[&str] = &["hearth", "buildkit", "runc", "qemu"];
 /// Where iproute2 keeps named network namespaces: once a test has named one, it stays mounted, empty.
 const NAMED_NAMESPACES: &str = "/run/netns";
 const LIMIT: Duration = Duration::from_secs(20);
@@ -66,7 +66,7 @@ fn control_groups(dir: &Path, depth: usize) -> Vec<String> {
         if !path.is_dir() {
             continue;
         }
-        if name.contains("hearth") || name.contains("buildah") {
+        if name.contains("hearth") || name.contains("buildkit") {
             found.push(format!("control group {}", path.display()));
         } else if depth < 2 {
             found.extend(control_groups(&path, depth + 1));

@@ -1,163 +1,159 @@
-//! The managed base image, brought into buildah's storage as an OCI layout around the guest kit's archive.
+//! The managed base image in an account's store: the real one where its registry can be reached, else the stand-in from the guest kit.
 
 use std::{
-    fs::{self, File},
-    io::{self, Read},
-    os::unix::fs::{MetadataExt, symlink},
-    path::Path,
+    collections::HashMap,
+    sync::Mutex,
+    time::{Duration, Instant},
 };
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use crate::{
+    BuildError,
+    bundle::BASE_ARCHIVE,
+    process::{Captured, ProcessError, Stop},
+    sandbox::Sandbox,
+};
 
-use crate::storage::{Storage, StorageError};
+/// For how long a registry that was not reached is not asked again.
+const UNREACHABLE: Duration = Duration::from_secs(600);
+/// How long a pull may take before the registry counts as unreachable.
+const PULL: Duration = Duration::from_secs(600);
 
-/// Name of the layout's directory, and what buildah makes of it.
-const LAYOUT: &str = "base";
-const LAYOUT_NAME: &str = "localhost/base:latest";
+/// Name of the stand-in in stores, before its checksum.
+const STAND_IN: &str = "hearth.invalid/stand-in";
+const SEARCH_PATH: &str = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-const EPOCH: &str = "1970-01-01T00:00:00Z";
-const SEARCH_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// What registries say of an image that they do not have, in part.
+const ANSWERS: [&str; 6] =
+    ["manifest unknown", "not found: manifest", "no matching manifest", "repository does not exist", "name unknown", "no such manifest"];
 
-/// The base image cannot be imported.
+/// Registries that could not be reached lately, and why.
+#[derive(Debug, Default)]
+pub(crate) struct Unreachable(Mutex<HashMap<String, (Instant, String)>>);
+
+/// The managed base image could not be provided.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BaseError {
-    #[error("reading the base image {path}: {source}")]
-    Read { path: String, source: io::Error },
-    #[error("writing the base image's layout: {0}")]
-    Layout(#[source] io::Error),
     #[error(transparent)]
-    Storage(#[from] StorageError),
-    #[error("buildah imported the base image as {found} instead of {expected}")]
-    WrongImage { found: String, expected: String },
+    Process(#[from] ProcessError),
+    #[error("docker {verb} failed: {stderr}")]
+    Failed { verb: &'static str, stderr: String },
+    #[error("the base image {image} is not to be had: {reason}")]
+    Missing { image: String, reason: String },
 }
 
-/// An archive's checksum, and how to see without reading it that the archive is still the same.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Seen {
-    inode: u64,
-    bytes: u64,
-    modified: (i64, i64),
-    /// SHA-256 in hexadecimal.
-    sha256: String,
-}
-
-/// Makes each of `names` stand for the image in `archive`. Does nothing if they do already.
-pub(crate) async fn ensure(storage: &Storage, cache_dir: &Path, archive: &Path, names: &[String]) -> Result<(), BaseError> {
-    let (seen, cache) = (archive.to_owned(), cache_dir.join("base.json"));
-    let seen = tokio::task::spawn_blocking(move || identify(&seen, &cache)).await.expect("hashing does not panic");
-    let seen = seen.map_err(|source| BaseError::Read { path: archive.display().to_string(), source })?;
-    let image = Image::of(&seen);
-    let mut missing = Vec::new();
-    for name in names {
-        if storage.image_id(name).await?.as_deref() != Some(image.id.as_str()) {
-            missing.push(name);
+impl From<BaseError> for BuildError {
+    fn from(error: BaseError) -> Self {
+        match error {
+            BaseError::Missing { .. } => Self::ContainerBuildFailed(error.to_string()),
+            error => Self::Platform(Box::new(error)),
         }
     }
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let started = std::time::Instant::now();
-    let dir = tempfile::tempdir_in(storage.scratch()).map_err(BaseError::Layout)?;
-    image.write_layout(&dir.path().join(LAYOUT), archive).map_err(BaseError::Layout)?;
-    let found = storage.import(dir.path(), LAYOUT).await?;
-    if found != image.id {
-        return Err(BaseError::WrongImage { found, expected: image.id });
-    }
-    for name in missing {
-        storage.tag(&image.id, name).await?;
-    }
-    storage.untag(LAYOUT_NAME).await?;
-    tracing::info!(bytes = seen.bytes, ms = started.elapsed().as_millis(), "imported the managed base image");
-    Ok(())
 }
 
-/// The archive's checksum, from `cache` while the archive has not changed. Blocks.
-fn identify(archive: &Path, cache: &Path) -> io::Result<Seen> {
-    let mut file = File::open(archive)?;
-    let metadata = file.metadata()?;
-    let (inode, bytes, modified) = (metadata.ino(), metadata.len(), (metadata.mtime(), metadata.mtime_nsec()));
-    if let Some(seen) = fs::read(cache).ok().and_then(|text| serde_json::from_slice::<Seen>(&text).ok())
-        && (seen.inode, seen.bytes, seen.modified) == (inode, bytes, modified)
-    {
-        return Ok(seen);
-    }
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            break;
-        }
-        hasher.update(&buffer[..read]);
-    }
-    let seen = Seen { inode, bytes, modified, sha256: format!("{:x}", hasher.finalize()) };
-    fs::write(cache, serde_json::to_vec(&seen)?)?;
-    Ok(seen)
-}
-
-/// The image: its documents follow from the archive alone, so the same archive always has the same id.
+/// Where stand-ins come from.
 #[derive(Debug)]
-struct Image {
-    /// SHA-256 of the configuration, which is how buildah names an image.
-    id: String,
-    layer: String,
-    config: Vec<u8>,
-    manifest: Vec<u8>,
+pub(crate) struct Base<'a> {
+    /// Names of the managed base image, without tag.
+    pub(crate) repositories: &'a [String],
+    /// Checksum of the stand-in's archive.
+    pub(crate) checksum: &'a str,
+    pub(crate) unreachable: &'a Unreachable,
 }
 
-impl Image {
-    fn of(archive: &Seen) -> Self {
-        let architecture = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
+impl Base<'_> {
+    /// Whether a name in a Dockerfile means the managed base image.
+    pub(crate) fn is_managed(&self, image: &str) -> bool {
+        let repository = image.split('@').next().unwrap_or(image);
+        // A colon before a slash belongs to the registry's port.
+        let repository = match repository.rsplit_once(':') {
+            Some((name, tag)) if !tag.contains('/') => name,
+            _ => repository,
         };
-        let layer = format!("sha256:{}", archive.sha256);
-        // No command: a Dockerfile that forgets its own shall fail at build time.
-        let config = document(&json!({
-            "created": EPOCH, "architecture": architecture, "os": "linux", "config": { "Env": [SEARCH_PATH] },
-            "rootfs": { "type": "layers", "diff_ids": [layer] },
-            "history": [{ "created": EPOCH, "created_by": "managed base image" }],
-        }));
-        let id = sha256(&config);
-        let manifest = document(&json!({
-            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "config": {
-                "mediaType": "application/vnd.oci.image.config.v1+json", "digest": format!("sha256:{id}"), "size": config.len(),
+        self.repositories.iter().any(|name| name == repository)
+    }
+
+    /// Makes sure that the store has what a managed base image's name stands for. `fresh` asks the registry even if it has. Returns a line
+    /// that says which image it is.
+    pub(crate) async fn provide(&self, sandbox: &Sandbox, image: &str, fresh: bool, stop: &Stop) -> Result<String, BaseError> {
+        let pulled = find(sandbox, image, stop).await?.filter(|found| !found.is_stand_in).map(|found| found.id);
+        if let Some(id) = pulled.as_ref().filter(|_| !fresh) {
+            return Ok(format!("Base image {image}: {id}, pulled earlier."));
+        }
+        let reason = match self.unreachable.recent(image) {
+            Some(reason) if !fresh => reason,
+            _ => match pull(sandbox, image, stop).await? {
+                Ok(()) => {
+                    let id = find(sandbox, image, stop).await?.map(|found| found.id).unwrap_or_default();
+                    return Ok(format!("Base image {image}: {id}, pulled from its registry."));
+                }
+                Err(reason) if ANSWERS.iter().any(|answer| reason.contains(answer)) => {
+                    return Err(BaseError::Missing { image: image.to_owned(), reason });
+                }
+                Err(reason) => self.unreachable.note(image, reason),
             },
-            "layers": [{ "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": layer, "size": archive.bytes }],
-        }));
-        Self { id, layer: archive.sha256.clone(), config, manifest }
-    }
-
-    /// Writes an OCI layout whose one layer is a link to the archive.
-    fn write_layout(&self, dir: &Path, archive: &Path) -> io::Result<()> {
-        let blobs = dir.join("blobs/sha256");
-        fs::create_dir_all(&blobs)?;
-        fs::write(blobs.join(&self.id), &self.config)?;
-        let manifest = sha256(&self.manifest);
-        fs::write(blobs.join(&manifest), &self.manifest)?;
-        symlink(fs::canonicalize(archive)?, blobs.join(&self.layer))?;
-        fs::write(dir.join("oci-layout"), document(&json!({ "imageLayoutVersion": "1.0.0" })))?;
-        let index = json!({
-            "schemaVersion": 2,
-            "manifests": [{
-                "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                "digest": format!("sha256:{manifest}"), "size": self.manifest.len(),
-            }],
-        });
-        fs::write(dir.join("index.json"), document(&index))
+        };
+        if let Some(id) = pulled {
+            return Ok(format!("Base image {image}: {id}, pulled earlier; its registry cannot be reached now ({reason})."));
+        }
+        if image.contains('@') {
+            let reason = format!("its registry cannot be reached ({reason}), and only the image itself has that digest");
+            return Err(BaseError::Missing { image: image.to_owned(), reason });
+        }
+        let stand_in = format!("{STAND_IN}:{}", &self.checksum[..12]);
+        if find(sandbox, &stand_in, stop).await?.is_none() {
+            let imported = sandbox.docker(&["import", "--change", SEARCH_PATH, BASE_ARCHIVE, &stand_in], stop).await?;
+            succeed("import", imported)?;
+        }
+        succeed("tag", sandbox.docker(&["tag", &stand_in, image], stop).await?)?;
+        Ok(format!("Base image {image}: Hearth's stand-in, made of Debian packages, because its registry cannot be reached ({reason})."))
     }
 }
 
-fn document(value: &Value) -> Vec<u8> {
-    value.to_string().into_bytes()
+/// An image that the store has.
+struct Found {
+    id: String,
+    is_stand_in: bool,
 }
 
-fn sha256(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
+async fn find(sandbox: &Sandbox, image: &str, stop: &Stop) -> Result<Option<Found>, ProcessError> {
+    let inspected = sandbox.docker(&["image", "inspect", "--format", "{{.Id}} {{.RepoTags}}", image], stop).await?;
+    let text = String::from_utf8_lossy(&inspected.stdout).into_owned();
+    let found = text.trim().split_once(' ').map(|(id, names)| Found { id: id.to_owned(), is_stand_in: names.contains(STAND_IN) });
+    Ok(found.filter(|_| inspected.status.success()))
+}
+
+/// Pulls an image, or says why not.
+async fn pull(sandbox: &Sandbox, image: &str, stop: &Stop) -> Result<Result<(), String>, ProcessError> {
+    let limit = Stop::after(PULL);
+    let limit = Stop { cancel: stop.cancel.clone(), deadline: stop.deadline.min(limit.deadline) };
+    let pulled = sandbox.docker(&["pull", "--quiet", image], &limit).await?;
+    if pulled.status.success() {
+        return Ok(Ok(()));
+    }
+    let reason = pulled.stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it gave no reason");
+    let reason = reason.trim_start_matches("Error response from daemon: ").trim();
+    Ok(Err(reason.to_owned()))
+}
+
+fn succeed(verb: &'static str, ran: Captured) -> Result<(), BaseError> {
+    if ran.status.success() { Ok(()) } else { Err(BaseError::Failed { verb, stderr: ran.stderr }) }
+}
+
+impl Unreachable {
+    fn registry(image: &str) -> &str {
+        image.split('/').next().unwrap_or(image)
+    }
+
+    fn recent(&self, image: &str) -> Option<String> {
+        let known = self.0.lock().expect("nothing panics while it is locked");
+        known.get(Self::registry(image)).filter(|(since, _)| since.elapsed() < UNREACHABLE).map(|(_, reason)| reason.clone())
+    }
+
+    fn note(&self, image: &str, reason: String) -> String {
+        let mut known = self.0.lock().expect("nothing panics while it is locked");
+        known.insert(Self::registry(image).to_owned(), (Instant::now(), reason.clone()));
+        reason
+    }
 }
 
 #[cfg(test)]
@@ -165,25 +161,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_checksum_is_remembered_until_the_archive_changes() {
-        let dir = tempfile::tempdir().unwrap();
-        let (archive, cache) = (dir.path().join("base.tar"), dir.path().join("base.json"));
-        fs::write(&archive, b"one").unwrap();
-        let one = identify(&archive, &cache).unwrap();
-        assert_eq!(one.sha256, sha256(b"one"));
-
-        let remembered = Seen { sha256: "remembered".to_owned(), ..one };
-        fs::write(&cache, serde_json::to_vec(&remembered).unwrap()).unwrap();
-        assert_eq!(identify(&archive, &cache).unwrap(), remembered);
-
-        fs::write(&archive, b"other").unwrap();
-        assert_eq!(identify(&archive, &cache).unwrap().sha256, sha256(b"other"));
-    }
-
-    #[test]
-    fn another_archive_is_another_image() {
-        let seen = |sha256: &str| Seen { inode: 1, bytes: 2, modified: (3, 4), sha256: sha256.to_owned() };
-        assert_eq!(Image::of(&seen("aa")).id, Image::of(&seen("aa")).id);
-        assert_ne!(Image::of(&seen("aa")).id, Image::of(&seen("bb")).id);
+    fn is_managed_any_tag_or_digest_of_the_repository() {
+        let names = ["public.ecr.aws/lambda/microvms".to_owned(), "localhost:5000/base".to_owned()];
+        let base = Base { repositories: &names, checksum: "0123456789abcdef", unreachable: &Unreachable::default() };
+        for image in [
+            "public.ecr.aws/lambda/microvms",
+            "public.ecr.aws/lambda/microvms:al2023",
+            "public.ecr.aws/lambda/microvms:a@sha256:1",
+            "localhost:5000/base",
+        ] {
+            assert!(base.is_managed(image), "{image}");
+        }
+        for image in ["public.ecr.aws/lambda/python:3.12", "microvms", "public.ecr.aws/lambda/microvms/x:1", "localhost:5000/other"] {
+            assert!(!base.is_managed(image), "{image}");
+        }
     }
 }

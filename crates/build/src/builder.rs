@@ -1,4 +1,4 @@
-//! The real builder: unpack, run the Dockerfile, read its configuration, flatten.
+//! The real builder: unpack, run the Dockerfile in a sandbox, read the image's configuration, flatten.
 
 use std::{
     fs::DirBuilder,
@@ -19,24 +19,43 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    BuildError, BuildRequest, BuilderConfig, Built, ImageBuilder, ImageConfig, PrepareError,
+    BuildError, BuildRequest, BuilderConfig, Built, ImageBuilder, PrepareError,
     archive::{self, ArchiveError},
-    base,
-    config::{self, ConfigError},
-    process::{ProcessError, Stop, Stopped, run_captured},
-    storage::{StorageError, Surroundings},
-    workshop::Workshop,
+    base::{Base, Unreachable},
+    config::{self, Description},
+    dockerfile,
+    process::{ProcessError, Stop, Stopped, run_captured, run_translated},
+    progress::Progress,
+    registry,
+    root::Root,
+    sandbox::{Host, Sandbox, SandboxError, WorkDir, inside},
+    stores::{Store, Stores},
+    uplink::Uplink,
 };
 
 /// Programs that a build runs, how to ask each for its version, and the Debian package it is in.
-const TOOLS: [(&str, &str, &str); 3] =
-    [("buildah", "--version", "buildah"), ("mke2fs", "-V", "e2fsprogs"), ("unshare", "--version", "util-linux")];
+const TOOLS: [(&str, &str, &str); 3] = [("runc", "--version", "runc"), ("unshare", "--version", "util-linux"), ("tar", "--version", "tar")];
 
-/// Builds images with buildah. Needs root.
+/// Identity of every file system, and seed of its directory hashes: the same layers give the same bytes.
+const FILESYSTEM_UUID: &str = "6f1c9a40-5b0e-4c53-9a5d-3c1f3c8f2b11";
+
+/// Where layers are, below the daemon's data.
+const LAYERS: &str = "/var/lib/docker/overlay2";
+
+/// Builds images with BuildKit, each build in a sandbox of its own. Needs root.
 #[derive(Debug)]
 pub struct Builder {
     config: BuilderConfig,
     workshop: OnceCell<Arc<Workshop>>,
+}
+
+/// What all builds share.
+#[derive(Debug)]
+struct Workshop {
+    config: BuilderConfig,
+    root: Root,
+    stores: Stores,
+    unreachable: Unreachable,
 }
 
 impl Builder {
@@ -45,167 +64,308 @@ impl Builder {
         Self { config, workshop: OnceCell::new() }
     }
 
-    /// Makes the cache ready: removes what a killed predecessor left, and imports the managed base image if it is new or has changed.
-    /// May be called again, and by several processes at once.
+    /// Makes the cache directory ready: unpacks the builder's root file system if it is new or has changed. May be called again, and by
+    /// several processes at once.
     pub async fn prepare(&self) -> Result<(), PrepareError> {
         for tool in TOOLS {
             check_tool(tool).await?;
         }
         let dir = &self.config.cache_dir;
         make_private_directory(dir).map_err(|error| PrepareError(format!("making {}: {error}", dir.display())))?;
-        // buildah and its children have other working directories than we do.
+        // The sandbox has another working directory than we do.
         let dir = std::path::absolute(dir).map_err(|error| PrepareError(format!("finding {}: {error}", dir.display())))?;
-        let _turn = Workshop::turn(&dir).await.map_err(PrepareError::from_display)?;
-        let workshop = self.workshop.get_or_try_init(|| async { Workshop::open(&dir).await.map(Arc::new) }).await;
-        let workshop = workshop.map_err(PrepareError::from_display)?;
-        let _building = workshop.begin().await.map_err(PrepareError::from_display)?;
-        let BuilderConfig { base_image, base_names, .. } = &self.config;
-        base::ensure(&workshop.storage, &dir, base_image, base_names).await.map_err(PrepareError::from_display)
+        let open = async {
+            let roots = self.config.builder_dir.clone().unwrap_or_else(|| dir.join("builder"));
+            let root =
+                Root::ensure(&roots, &self.config.builder.path, &self.config.builder.sha256).await.map_err(PrepareError::from_display)?;
+            let stores = Stores::new(&dir, self.config.cache);
+            stores.trim().await.map_err(PrepareError::from_display)?;
+            let config = BuilderConfig { cache_dir: dir.clone(), ..self.config.clone() };
+            Ok(Arc::new(Workshop { config, root, stores, unreachable: Unreachable::default() }))
+        };
+        self.workshop.get_or_try_init(|| open).await.map(drop)
     }
 }
 
 #[async_trait]
 impl ImageBuilder for Builder {
     async fn build(&self, mut request: BuildRequest, cancel: CancellationToken) -> Result<Built, BuildError> {
-        let workshop = self.workshop.get().ok_or_else(|| BuildError::Platform("the builder is not prepared".to_owned()))?;
+        let workshop = self.workshop.get().ok_or_else(|| BuildError::Platform("the builder is not prepared".into()))?;
         for path in [&mut request.work_dir, &mut request.rootfs] {
-            *path = std::path::absolute(&path).map_err(|error| io_error("finding the build's directories", &error))?;
+            *path = std::path::absolute(&path).map_err(|error| io_error("finding the build's directories", error))?;
         }
-        let build = Build { workshop: Arc::clone(workshop), config: self.config.clone(), request };
+        let build = Build { workshop: Arc::clone(workshop), request };
         // In a task of its own, so that a caller who stops waiting cancels the build instead of leaving it half cleaned up.
         let cancel = cancel.child_token();
         let abandoned = cancel.clone().drop_guard();
         let result = tokio::spawn(build.run(cancel)).await;
         abandoned.disarm();
-        result.unwrap_or_else(|error| Err(BuildError::Platform(format!("the build ended in a panic: {error}"))))
+        result.unwrap_or_else(|error| Err(BuildError::Platform(Box::new(error))))
     }
 }
 
 /// One build.
 struct Build {
     workshop: Arc<Workshop>,
-    config: BuilderConfig,
     request: BuildRequest,
 }
 
 impl Build {
-    async fn run(self, cancel: CancellationToken) -> Result<Built, BuildError> {
-        let stop = Stop { cancel, deadline: Instant::now() + self.config.deadline };
-        let id = &self.request.id;
-        let lock = self.workshop.begin().await.map_err(|error| BuildError::Platform(error.to_string()))?;
+    async fn run(mut self, cancel: CancellationToken) -> Result<Built, BuildError> {
+        let stop = Stop { cancel, deadline: Instant::now() + self.workshop.config.deadline };
         let scratch = Scratch::make(&self.request.work_dir)?;
-        let surroundings = Surroundings { scratch: scratch.0.join("tmp"), lock };
-        let result = self.steps(&surroundings, &stop).await;
+        let result = self.steps(&stop).await;
         if let Err(error) = &result {
-            tracing::info!(build = %id, %error, "the image build failed");
+            tracing::info!(build = self.request.id, error = error as &dyn std::error::Error, "the image build failed");
             let _ = tokio::fs::remove_file(&self.request.rootfs).await;
-            self.workshop.mark_untidy();
         }
-        drop(surroundings);
-        if let Err(error) = self.workshop.tidy().await {
-            tracing::warn!(build = %id, %error, "removing what killed builds left");
+        if let Err(error) = self.workshop.stores.trim().await {
+            tracing::warn!(%error, "the layer cache could not be kept within its limit");
         }
         // Large trees take a while to delete.
         let removed = spawn_blocking(move || drop(scratch)).await;
-        removed.map_err(|error| BuildError::Platform(format!("removing the work directory: {error}")))?;
+        removed.map_err(|error| BuildError::Platform(Box::new(error)))?;
         result
     }
 
-    async fn steps(&self, surroundings: &Surroundings, stop: &Stop) -> Result<Built, BuildError> {
-        let context = self.request.work_dir.join("context");
-        self.unpack(context.clone(), stop).await?;
-        let image = self.run_dockerfile(&context, surroundings, stop).await?;
-        let description = self.workshop.storage.inspect(&image).await.map_err(|error| self.storage_error(error))?;
-        let config: ImageConfig = config::parse(&description)?;
-        let content_bytes = self.flatten(&image, surroundings, stop).await?;
-        Ok(Built { config, content_bytes })
+    async fn steps(&mut self, stop: &Stop) -> Result<Built, BuildError> {
+        let work = WorkDir(self.request.work_dir.join("build"));
+        make_private_directory(&work.0).map_err(|error| io_error("making the work directory", error))?;
+        self.unpack(work.context(), stop).await?;
+        let recipe = self.read_dockerfile(&work).await?;
+        for note in recipe.notes {
+            self.say(note).await;
+        }
+        let store = self.workshop.stores.take(&self.request.account).await?;
+        if store.renewed {
+            let days = self.workshop.config.cache.age.as_secs() / (24 * 60 * 60);
+            self.say(format!(
+                "The layer cache is older than {days} days and begins anew: packages are installed in their present versions."
+            ))
+            .await;
+        }
+        let mut uplink = self.request.uplink.take().ok_or_else(|| BuildError::Platform("the build has no network".into()))?;
+        let sandbox = self.start(&store, &work, uplink.as_mut(), stop).await?;
+        let built = self.in_sandbox(&sandbox, &recipe.images, &work, uplink.as_mut(), stop).await;
+        sandbox.end().await;
+        // The network is needed until every process is gone.
+        drop(uplink);
+        built
     }
 
     async fn unpack(&self, context: PathBuf, stop: &Stop) -> Result<(), BuildError> {
-        let (archive, limits, stop) = (self.request.archive.clone(), self.config.limits, stop.clone());
+        let (archive, limits, stop) = (self.request.archive.clone(), self.workshop.config.limits, stop.clone());
         let unpacked = spawn_blocking(move || archive::unpack(&archive, &context, limits, &stop)).await;
-        let unpacked = unpacked.map_err(|error| BuildError::Platform(format!("unpacking ended in a panic: {error}")))?;
+        let unpacked = unpacked.map_err(|error| BuildError::Platform(Box::new(error)))?;
         unpacked.map_err(|error| match error {
             ArchiveError::DockerfileNotFound => BuildError::DockerfileNotFound,
             ArchiveError::Invalid(reason) => BuildError::ArchiveInvalid(reason),
-            ArchiveError::Io { what, source } => io_error(&what, &source),
+            ArchiveError::Io { what, source } => io_error(&what, source),
             ArchiveError::Stopped(stopped) => self.stopped(stopped),
         })
     }
 
+    /// Reads the context's Dockerfile, and writes beside the context what BuildKit is to read instead.
+    async fn read_dockerfile(&self, work: &WorkDir) -> Result<dockerfile::Recipe, BuildError> {
+        let context = work.context();
+        let text = tokio::fs::read(context.join("Dockerfile")).await.map_err(|error| io_error("reading the Dockerfile", error))?;
+        let text = String::from_utf8_lossy(&text);
+        let recipe =
+            dockerfile::read(&text, architecture(), &context).map_err(|error| BuildError::ContainerBuildFailed(error.to_string()))?;
+        tokio::fs::write(work.0.join("Dockerfile"), &recipe.text).await.map_err(|error| io_error("writing the Dockerfile", error))?;
+        // It takes precedence over `.dockerignore`, and is looked for beside the Dockerfile.
+        let ignore = "Dockerfile.dockerignore";
+        match tokio::fs::copy(context.join(ignore), work.0.join(ignore)).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("copying Dockerfile.dockerignore", error)),
+            _ => Ok(recipe),
+        }
+    }
+
+    /// Starts the sandbox; once more on an empty store if the daemon does not start on this one.
+    async fn start(&self, store: &Store, work: &WorkDir, uplink: &mut dyn Uplink, stop: &Stop) -> Result<Sandbox, BuildError> {
+        let config = &self.workshop.config;
+        let host = Host {
+            runtime_dir: config.cache_dir.join("runtime"),
+            root: self.workshop.root.dir.clone(),
+            base_archive: config.base.path.clone(),
+            memory: config.memory,
+            insecure_registries: config.registries.insecure.clone(),
+            local_registries: config.registries.local.clone(),
+        };
+        let auths = registry::auths(config.registries.auth_file.as_deref(), &self.request.registry_logins).await?;
+        let id = format!("hearth-build-{}", self.request.id);
+        match Sandbox::start(&host, &id, store, work, uplink, auths.clone(), stop).await {
+            Err(error @ (SandboxError::Start(_) | SandboxError::Slow)) => {
+                tracing::warn!(build = self.request.id, %error, "the image builder did not start; trying once more with an empty layer store");
+                store.renew().await?;
+                Sandbox::start(&host, &id, store, work, uplink, auths, stop).await
+            }
+            started => started,
+        }
+        .map_err(|error| self.sandbox_error(error))
+    }
+
+    async fn in_sandbox(
+        &self,
+        sandbox: &Sandbox,
+        images: &[String],
+        work: &WorkDir,
+        uplink: &mut dyn Uplink,
+        stop: &Stop,
+    ) -> Result<Built, BuildError> {
+        let config = &self.workshop.config;
+        let base = Base { repositories: &config.base_names, checksum: &config.base.sha256, unreachable: &self.workshop.unreachable };
+        for image in images.iter().filter(|image| base.is_managed(image)) {
+            let provided = base.provide(sandbox, image, self.request.no_cache, stop).await;
+            self.say(self.unless_stopped(provided, stop)?).await;
+        }
+        uplink.restrict().await.map_err(|error| BuildError::Platform(Box::new(error)))?;
+        let image = self.run_dockerfile(sandbox, work, stop).await?;
+        let Description { config, layers } = self.inspect(sandbox, &image, stop).await?;
+        let content_bytes = self.flatten(sandbox, &layers, work, stop).await?;
+        // The layers stay in the cache; the image has no use any more.
+        let removed = sandbox.docker(&["image", "rm", "--force", &image], stop).await.map_err(|error| self.process_error(error))?;
+        if !removed.status.success() {
+            tracing::warn!(build = self.request.id, error = removed.stderr, "an image stays in the layer store");
+        }
+        self.prune(sandbox, stop).await;
+        Ok(Built { config, content_bytes })
+    }
+
     /// Returns the image's id.
-    async fn run_dockerfile(&self, context: &Path, surroundings: &Surroundings, stop: &Stop) -> Result<String, BuildError> {
-        let id_file = self.request.work_dir.join("image-id");
-        let log = &self.request.log;
-        let run = self.workshop.storage.run_dockerfile(context, &id_file, surroundings, stop, log).await;
-        let run = run.map_err(|error| self.process_error(error))?;
-        if !run.status.success() {
-            let full = run.tail.iter().find(|line| line.to_ascii_lowercase().contains("no space left on device"));
-            return Err(match full {
-                Some(line) => BuildError::DiskFull(line.clone()),
-                None => BuildError::ContainerBuildFailed(run.status.to_string()),
+    async fn run_dockerfile(&self, sandbox: &Sandbox, work: &WorkDir, stop: &Stop) -> Result<String, BuildError> {
+        let mut command = sandbox.command("/", "docker");
+        command.args(["buildx", "build", "--progress=rawjson", "--pull=false", "--load"]);
+        command.args(["--file", &inside("Dockerfile"), "--iidfile", &inside("out/image")]);
+        if self.request.no_cache {
+            command.arg("--no-cache");
+        }
+        for name in ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"] {
+            if std::env::var_os(name).is_some() {
+                command.args(["--build-arg", name]);
+            }
+        }
+        command.arg(inside("context"));
+        let mut progress = Progress::default();
+        let run = run_translated(command, stop, &self.request.log, |line| progress.take(line));
+        let status = sandbox.with_end(stop, run).await.map_err(|error| self.process_error(error))?;
+        let (lines, failed) = progress.finish();
+        for line in &lines {
+            self.say(line.clone()).await;
+        }
+        if !status.success() {
+            let full = |line: &&String| line.to_ascii_lowercase().contains("no space left on device");
+            if let Some(line) = lines.iter().find(full) {
+                return Err(BuildError::DiskFull(line.clone()));
+            }
+            return Err(match failed {
+                Some(step) => BuildError::StepFailed { instruction: step.instruction, error: step.error },
+                None => BuildError::ContainerBuildFailed(last_error(&lines).unwrap_or_else(|| status.to_string())),
             });
         }
-        let id = tokio::fs::read_to_string(&id_file).await.map_err(|error| io_error("reading the image's id", &error))?;
-        Ok(id.trim().trim_start_matches("sha256:").to_owned())
+        let id = tokio::fs::read_to_string(work.0.join("out/image")).await.map_err(|error| io_error("reading the image's id", error))?;
+        Ok(id.trim().to_owned())
+    }
+
+    async fn inspect(&self, sandbox: &Sandbox, image: &str, stop: &Stop) -> Result<Description, BuildError> {
+        let inspected = sandbox.docker(&["image", "inspect", image], stop).await.map_err(|error| self.process_error(error))?;
+        if !inspected.status.success() {
+            return Err(BuildError::Platform(format!("docker image inspect: {}", inspected.stderr).into()));
+        }
+        Ok(config::parse(&inspected.stdout)?)
     }
 
     /// Returns the size of the contents.
-    async fn flatten(&self, image: &str, surroundings: &Surroundings, stop: &Stop) -> Result<u64, BuildError> {
+    async fn flatten(&self, sandbox: &Sandbox, layers: &[String], work: &WorkDir, stop: &Stop) -> Result<u64, BuildError> {
         let BuildRequest { rootfs, disk_bytes, .. } = &self.request;
-        let file = tokio::fs::File::create(rootfs).await.map_err(|error| io_error("making the disk image", &error))?;
-        file.set_len(*disk_bytes).await.map_err(|error| io_error("sizing the disk image", &error))?;
-        let flat = self.workshop.storage.flatten(image, rootfs, *disk_bytes, surroundings, stop).await;
-        let flat = flat.map_err(|error| self.process_error(error))?;
+        let disk = work.0.join("out/rootfs.img");
+        let file = tokio::fs::File::create(&disk).await.map_err(|error| io_error("making the disk image", error))?;
+        file.set_len(*disk_bytes).await.map_err(|error| io_error("sizing the disk image", error))?;
+        let given = std::os::unix::fs::chown(&disk, Some(crate::bundle::FIRST_ID), Some(crate::bundle::FIRST_ID));
+        given.map_err(|error| io_error("giving the disk image to the sandbox", error))?;
+        let mut command = sandbox.command(LAYERS, "sh");
+        command.args([&inside("flatten.sh"), &inside("out/rootfs.img"), &disk_bytes.to_string(), FILESYSTEM_UUID]).args(layers);
+        let flat = sandbox.with_end(stop, run_captured(command, stop)).await.map_err(|error| self.process_error(error))?;
         if !flat.status.success() {
             let full = ["Could not allocate", "No space left"].iter().any(|sign| flat.stderr.contains(sign));
             return Err(if full {
                 BuildError::DiskFull(flat.stderr)
             } else {
-                BuildError::Platform(format!("flattening: {}", flat.stderr))
+                BuildError::Platform(format!("flattening: {}", flat.stderr).into())
             });
         }
-        file.sync_all().await.map_err(|error| io_error("writing the disk image", &error))?;
+        file.sync_all().await.map_err(|error| io_error("writing the disk image", error))?;
+        std::os::unix::fs::chown(&disk, Some(0), Some(0)).map_err(|error| io_error("taking the disk image back", error))?;
+        tokio::fs::rename(&disk, rootfs).await.map_err(|error| io_error("moving the disk image", error))?;
         let output = String::from_utf8_lossy(&flat.stdout);
-        output.trim().parse().map_err(|_| BuildError::Platform(format!("flattening answered {output:?} instead of a size")))
+        output.trim().parse().map_err(|_| BuildError::Platform(format!("flattening answered {output:?} instead of a size").into()))
+    }
+
+    /// Keeps one store from growing over what all stores may have.
+    async fn prune(&self, sandbox: &Sandbox, stop: &Stop) {
+        let most = format!("{}B", self.workshop.config.cache.bytes);
+        match sandbox.docker(&["buildx", "prune", "--force", "--max-used-space", &most], stop).await {
+            Ok(pruned) if pruned.status.success() => {}
+            Ok(pruned) => tracing::warn!(build = self.request.id, error = pruned.stderr, "the layer store was not pruned"),
+            Err(error) => tracing::warn!(build = self.request.id, %error, "the layer store was not pruned"),
+        }
+    }
+
+    async fn say(&self, line: String) {
+        // A log without a reader is no reason to fail a build.
+        let _ = self.request.log.send(line).await;
     }
 
     fn stopped(&self, stopped: Stopped) -> BuildError {
         match stopped {
             Stopped::Cancelled => BuildError::Cancelled,
-            Stopped::TimedOut => BuildError::TimedOut(self.config.deadline),
+            Stopped::TimedOut => BuildError::TimedOut(self.workshop.config.deadline),
         }
+    }
+
+    /// What a build was doing when it was stopped failed because of that.
+    fn unless_stopped<T>(&self, result: Result<T, impl Into<BuildError>>, stop: &Stop) -> Result<T, BuildError> {
+        result.map_err(|error| stop.check().map_or_else(|stopped| self.stopped(stopped), |()| error.into()))
     }
 
     fn process_error(&self, error: ProcessError) -> BuildError {
         match error {
             ProcessError::Stopped(stopped) => self.stopped(stopped),
-            ProcessError::Io(source) => io_error("running buildah", &source),
-            error @ ProcessError::Spawn { .. } => BuildError::Platform(error.to_string()),
+            ProcessError::Io(source) => io_error("running the image builder", source),
+            error @ ProcessError::Spawn { .. } => BuildError::Platform(Box::new(error)),
         }
     }
 
-    fn storage_error(&self, error: StorageError) -> BuildError {
+    fn sandbox_error(&self, error: SandboxError) -> BuildError {
         match error {
-            StorageError::Process(error) => self.process_error(error),
-            error => BuildError::Platform(error.to_string()),
+            SandboxError::Stopped(stopped) => self.stopped(stopped),
+            SandboxError::Process(error) => self.process_error(error),
+            SandboxError::Io { what, source } => io_error(what, source),
+            error => BuildError::Platform(Box::new(error)),
         }
     }
 }
 
-impl From<ConfigError> for BuildError {
-    fn from(error: ConfigError) -> Self {
-        match error {
-            ConfigError::NothingToRun => Self::NothingToRun,
-            ConfigError::Malformed(error) => Self::Platform(format!("reading the image's configuration: {error}")),
-            error => Self::ConfigInvalid(error.to_string()),
-        }
+/// The error among BuildKit's last lines.
+fn last_error(lines: &[String]) -> Option<String> {
+    lines.iter().rev().find_map(|line| line.strip_prefix("ERROR: ")).map(str::to_owned)
+}
+
+/// The host's architecture as images name it.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
     }
 }
 
-fn io_error(what: &str, source: &io::Error) -> BuildError {
-    let text = format!("{what}: {source}");
-    if source.kind() == io::ErrorKind::StorageFull { BuildError::DiskFull(text) } else { BuildError::Platform(text) }
+fn io_error(what: &str, source: io::Error) -> BuildError {
+    if source.kind() == io::ErrorKind::StorageFull {
+        BuildError::DiskFull(format!("{what}: {source}"))
+    } else {
+        BuildError::Io { what: what.to_owned(), source }
+    }
 }
 
 /// The build's scratch directory. Deleted with everything in it when dropped.
@@ -214,9 +374,7 @@ struct Scratch(PathBuf);
 impl Scratch {
     fn make(dir: &Path) -> Result<Self, BuildError> {
         let scratch = Self(dir.to_owned());
-        for dir in [dir, &dir.join("tmp")] {
-            make_private_directory(dir).map_err(|error| io_error("making the work directory", &error))?;
-        }
+        make_private_directory(dir).map_err(|error| io_error("making the work directory", error))?;
         Ok(scratch)
     }
 }
@@ -229,7 +387,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Nobody else may look into builds: files keep the modes that their archives give them.
+/// Only root may look into builds: files keep the modes that their archives give them.
 fn make_private_directory(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }

@@ -1,12 +1,12 @@
-//! What an image says about running it, out of `buildah inspect`.
+//! What an image says about running it, and where its layers are, out of `docker image inspect`.
 
 use std::{collections::BTreeSet, str::FromStr};
 
 use nix::sys::signal::Signal;
-use oci_spec::image::ImageConfiguration;
+use oci_spec::image::Config;
 use serde::Deserialize;
 
-use crate::ImageConfig;
+use crate::{BuildError, ImageConfig};
 
 /// Most ports that EXPOSE may name; more is a mistake or an attack.
 const MAX_PORTS: usize = 1024;
@@ -14,8 +14,10 @@ const MAX_PORTS: usize = 1024;
 /// The image's configuration cannot be followed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
-    #[error("buildah's description of the image is not understood: {0}")]
+    #[error("the description of the image is not understood: {0}")]
     Malformed(#[from] serde_json::Error),
+    #[error("its layers are with the storage driver {0}, not with overlay2")]
+    NoLayers(String),
     #[error("neither ENTRYPOINT nor CMD")]
     NothingToRun,
     #[error("STOPSIGNAL {0} is not a signal")]
@@ -24,16 +26,55 @@ pub(crate) enum ConfigError {
     Port(String),
 }
 
-#[derive(Deserialize)]
-struct Inspect {
-    #[serde(rename = "OCIv1")]
-    oci: ImageConfiguration,
+/// An image as it is described.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Description {
+    pub(crate) config: ImageConfig,
+    /// Directories of its layers below the layer directory, the last one first.
+    pub(crate) layers: Vec<String>,
 }
 
-/// Reads the output of `buildah inspect --type image`.
-pub(crate) fn parse(inspect: &[u8]) -> Result<ImageConfig, ConfigError> {
-    let Inspect { oci } = serde_json::from_slice(inspect)?;
-    let config = oci.config().clone().unwrap_or_default();
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Inspect {
+    #[serde(default)]
+    config: Option<Config>,
+    graph_driver: GraphDriver,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct GraphDriver {
+    name: String,
+    #[serde(default)]
+    data: Option<Layers>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Layers {
+    upper_dir: String,
+    #[serde(default)]
+    lower_dir: Option<String>,
+}
+
+/// Reads the output of `docker image inspect` of one image.
+pub(crate) fn parse(inspect: &[u8]) -> Result<Description, ConfigError> {
+    let [image] = serde_json::from_slice::<[Inspect; 1]>(inspect)?;
+    let data = image.graph_driver.data.ok_or(ConfigError::NoLayers(image.graph_driver.name))?;
+    let dirs = [Some(data.upper_dir), data.lower_dir].into_iter().flatten();
+    let layers = dirs.flat_map(|dirs| dirs.split(':').map(relative).collect::<Vec<_>>()).collect();
+    Ok(Description { config: run_configuration(image.config.unwrap_or_default())?, layers })
+}
+
+/// Path of a layer below the layer directory: `<id>/diff`.
+fn relative(dir: &str) -> String {
+    let mut parts = dir.rsplit('/');
+    let (last, id) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    format!("{id}/{last}")
+}
+
+fn run_configuration(config: Config) -> Result<ImageConfig, ConfigError> {
     // The shell forms of ENTRYPOINT and CMD arrive as ["/bin/sh", "-c", …] already.
     let mut argv = config.entrypoint().clone().unwrap_or_default();
     argv.extend(config.cmd().clone().unwrap_or_default());
@@ -56,6 +97,16 @@ pub(crate) fn parse(inspect: &[u8]) -> Result<ImageConfig, ConfigError> {
     }
     let user = config.user().clone().unwrap_or_default();
     Ok(ImageConfig { argv, env, cwd, user, stop_signal, exposed_ports: exposed_ports.into_iter().collect() })
+}
+
+impl From<ConfigError> for BuildError {
+    fn from(error: ConfigError) -> Self {
+        match error {
+            ConfigError::NothingToRun => Self::NothingToRun,
+            ConfigError::Malformed(_) | ConfigError::NoLayers(_) => Self::Platform(Box::new(error)),
+            error => Self::ConfigInvalid(error.to_string()),
+        }
+    }
 }
 
 /// `SIGTERM`, `TERM`, `15` and `RTMIN+3` as Linux numbers them.
@@ -87,10 +138,11 @@ mod tests {
     use super::*;
 
     fn parse_config(config: serde_json::Value) -> Result<ImageConfig, ConfigError> {
-        let image = serde_json::json!({
-            "architecture": "amd64", "os": "linux", "config": config, "rootfs": { "type": "layers", "diff_ids": [] },
-        });
-        parse(serde_json::json!({ "Type": "image", "OCIv1": image }).to_string().as_bytes())
+        let data = serde_json::json!({ "UpperDir": "/var/lib/docker/overlay2/a/diff", "LowerDir": "/o/b/diff:/o/c/diff" });
+        let image = serde_json::json!([{ "Id": "sha256:1", "Config": config, "GraphDriver": { "Name": "overlay2", "Data": data } }]);
+        let description = parse(image.to_string().as_bytes())?;
+        assert_eq!(description.layers, ["a/diff", "b/diff", "c/diff"]);
+        Ok(description.config)
     }
 
     #[test]

@@ -14,6 +14,14 @@ pub enum BuildError {
     /// a step of the Dockerfile failed; the log holds its output
     #[error("the container image build failed: {0}")]
     ContainerBuildFailed(String),
+    /// a step failed; the log holds its output
+    #[error("{instruction}: {error}")]
+    StepFailed {
+        /// The instruction, on one line.
+        instruction: String,
+        /// What the builder says of it.
+        error: String,
+    },
     /// the build took too long
     #[error("the container image build did not finish within {} seconds", .0.as_secs())]
     TimedOut(Duration),
@@ -29,9 +37,17 @@ pub enum BuildError {
     /// the caller gave up
     #[error("the build was cancelled")]
     Cancelled,
+    /// a file or a program of the host failed
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
     /// the host's fault
     #[error("{0}")]
-    Platform(String),
+    Platform(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl BuildError {
@@ -43,7 +59,10 @@ impl BuildError {
                 "ARCHIVE_DOCKERFILE_NOT_FOUND: The archive must hold a file named Dockerfile at its root.".to_owned()
             }
             Self::ArchiveInvalid(reason) => format!("ARCHIVE_INVALID: The archive cannot be unpacked: {reason}."),
-            Self::ContainerBuildFailed(_) => "The container image build failed.".to_owned(),
+            Self::ContainerBuildFailed(reason) => format!("The container image build failed. {}", brief(reason)),
+            Self::StepFailed { instruction, error } => {
+                format!("The container image build failed. {}: {}", brief(instruction), brief(error))
+            }
             Self::TimedOut(limit) => {
                 format!("CONTAINER_BUILD_FAILED: The container image build did not finish within {} seconds.", limit.as_secs())
             }
@@ -53,9 +72,17 @@ impl BuildError {
             Self::ConfigInvalid(reason) => format!("CONTAINER_BUILD_FAILED: The image's configuration cannot be used: {reason}."),
             Self::DiskFull(_) => "DISK_STORAGE_FULL: The image's contents do not fit on the disk.".to_owned(),
             Self::Cancelled => "INTERNAL_PLATFORM_ERROR: The build was cancelled.".to_owned(),
-            Self::Platform(_) => "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why.".to_owned(),
+            Self::Io { .. } | Self::Platform(_) => {
+                "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why.".to_owned()
+            }
         }
     }
+}
+
+/// A reason is one line that can be read at a glance.
+fn brief(text: &str) -> String {
+    const LONGEST: usize = 200;
+    if text.chars().count() <= LONGEST { text.to_owned() } else { text.chars().take(LONGEST).chain("…".chars()).collect() }
 }
 
 /// The builder cannot work on this host.

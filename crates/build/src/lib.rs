@@ -1,22 +1,35 @@
 //! From a zip with a Dockerfile to a root file system on disk.
 //!
-//! buildah runs the Dockerfile; this crate guards what goes in (archive), streams what it says (log), and flattens what comes out (ext4).
+//! ```text
+//! archive ─▶ context ─┐                                     ┌─▶ progress ─▶ log
+//!                     ├─▶ sandbox: dockerd with BuildKit ───┤
+//! dockerfile ─────────┘     store of the account's layers   └─▶ flatten ─▶ ext4
+//! ```
+//!
+//! BuildKit runs the Dockerfile, in a sandbox that has nothing of the host (`bundle`, `sandbox`) and a network of its own (`uplink`). This
+//! crate guards what goes in, streams what BuildKit says, and flattens what comes out.
 
 #![forbid(unsafe_code)]
 
 mod archive;
 mod base;
 mod builder;
+mod bundle;
 mod config;
+mod dockerfile;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 mod lines;
 mod process;
-mod storage;
-mod workshop;
+mod progress;
+mod registry;
+mod root;
+mod sandbox;
+mod stores;
+mod uplink;
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;
@@ -24,6 +37,9 @@ use tokio_util::sync::CancellationToken;
 
 pub use builder::Builder;
 pub use error::{BuildError, PrepareError};
+pub use registry::Login;
+pub use stores::{CacheLimits, CacheUsage, cache_usage};
+pub use uplink::{Connection, Uplink, UplinkError};
 
 /// Makes root file systems out of archives. [`Builder`] is the real one.
 #[async_trait]
@@ -32,32 +48,67 @@ pub trait ImageBuilder: Send + Sync + 'static {
     async fn build(&self, request: BuildRequest, cancel: CancellationToken) -> Result<Built, BuildError>;
 }
 
+/// A file of the guest kit.
+#[derive(Debug, Clone)]
+pub struct KitFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// SHA-256 of its contents, in hexadecimal.
+    pub sha256: String,
+}
+
 /// Where a [`Builder`] keeps its things and what it may use.
 #[derive(Debug, Clone)]
 pub struct BuilderConfig {
-    /// buildah's storage and layer cache. May be shared by servers that run one after the other.
+    /// The layer stores, and what else is kept. May be shared by servers.
     pub cache_dir: PathBuf,
-    /// Root file system of the managed base image, as a tar archive from the guest kit.
-    pub base_image: PathBuf,
-    /// Names under which Dockerfiles find the managed base image when its registry cannot be reached.
+    /// Where the builder's root file system is unpacked; `builder` in the cache directory unless it is given. May be shared by servers.
+    pub builder_dir: Option<PathBuf>,
+    /// Root file system of the stand-in for the managed base image, as a tar archive.
+    pub base: KitFile,
+    /// Root file system of the builder, as a tar archive.
+    pub builder: KitFile,
+    /// Names of the managed base image in Dockerfiles, without tag.
     pub base_names: Vec<String>,
     /// Limits of the archive.
     pub limits: ArchiveLimits,
+    /// Limits of the layer stores.
+    pub cache: CacheLimits,
+    /// Most memory of a build, in bytes.
+    pub memory: Option<u64>,
+    /// How registries are reached.
+    pub registries: Registries,
     /// Longest time a build may take.
     pub deadline: Duration,
 }
 
 impl BuilderConfig {
     /// The defaults: AWS's name of the base image, 30 minutes for a build.
-    pub fn new(cache_dir: PathBuf, base_image: PathBuf) -> Self {
+    pub fn new(cache_dir: PathBuf, base: KitFile, builder: KitFile) -> Self {
         Self {
             cache_dir,
-            base_image,
-            base_names: vec!["public.ecr.aws/lambda/microvms:al2023-minimal".to_owned()],
+            builder_dir: None,
+            base,
+            builder,
+            base_names: vec!["public.ecr.aws/lambda/microvms".to_owned()],
             limits: ArchiveLimits::default(),
+            cache: CacheLimits::default(),
+            memory: None,
+            registries: Registries::default(),
             deadline: Duration::from_secs(30 * 60),
         }
     }
+}
+
+/// How registries are reached, beyond what every build may.
+#[derive(Debug, Clone, Default)]
+pub struct Registries {
+    /// Logins of the operator, in the form of Docker's `config.json`.
+    pub auth_file: Option<PathBuf>,
+    /// Registries (`host` or `host:port`) that are spoken to without TLS, or without knowing their certificate.
+    pub insecure: Vec<String>,
+    /// Registries on this host's loopback. Builds reach nothing else of the host.
+    pub local: Vec<SocketAddr>,
 }
 
 /// What an archive may hold.
@@ -80,6 +131,14 @@ impl Default for ArchiveLimits {
 pub struct BuildRequest {
     /// Identifier, for names of temporary things.
     pub id: String,
+    /// Whose build it is. Accounts share no layers.
+    pub account: String,
+    /// Uses no layer that is there already, and asks registries for the present base image.
+    pub no_cache: bool,
+    /// Connects the build. `None` fails it.
+    pub uplink: Option<Box<dyn Uplink>>,
+    /// Logins for registries that want them, beside the operator's.
+    pub registry_logins: Vec<Login>,
     /// The zip archive.
     pub archive: PathBuf,
     /// Scratch directory; the builder makes it, and deletes it whatever happens.

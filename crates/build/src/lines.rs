@@ -4,13 +4,25 @@
 const MAX_LINE: usize = 8 << 10;
 
 /// Cuts a stream at `\n`, `\r` (progress bars) and `\r\n`. Bytes that are not UTF-8 are replaced.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct LineSplitter {
     partial: Vec<u8>,
     after_return: bool,
+    longest: usize,
+}
+
+impl Default for LineSplitter {
+    fn default() -> Self {
+        Self::with_longest(MAX_LINE)
+    }
 }
 
 impl LineSplitter {
+    /// A splitter that cuts lines of more bytes than this.
+    pub(crate) fn with_longest(longest: usize) -> Self {
+        Self { partial: Vec::new(), after_return: false, longest }
+    }
+
     /// Takes the next bytes and returns the lines they complete.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Vec<String> {
         let mut lines = Vec::new();
@@ -22,7 +34,7 @@ impl LineSplitter {
                 b'\n' | b'\r' => lines.push(self.take(self.partial.len())),
                 _ => {
                     self.partial.push(byte);
-                    if self.partial.len() == MAX_LINE {
+                    if self.partial.len() == self.longest {
                         lines.push(self.take(whole_characters(&self.partial)));
                     }
                 }

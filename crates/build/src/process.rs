@@ -28,8 +28,8 @@ const REAP: Duration = Duration::from_secs(10);
 /// Most bytes kept of a captured stream; the rest is read and dropped.
 const CAPTURE_LIMIT: usize = 16 << 20;
 
-/// Lines kept of a logged process's output, to tell why it failed.
-const TAIL_LINES: usize = 32;
+/// Longest line that a process may print for `run_translated`. Longer ones are cut.
+const MAX_TRANSLATED: usize = 4 << 20;
 
 /// When to stop waiting.
 #[derive(Debug, Clone)]
@@ -52,7 +52,8 @@ impl Stop {
         }
     }
 
-    async fn reached(&self) -> Stopped {
+    /// Waits until it is time.
+    pub(crate) async fn reached(&self) -> Stopped {
         tokio::select! {
             () = self.cancel.cancelled() => Stopped::Cancelled,
             () = tokio::time::sleep_until(self.deadline) => Stopped::TimedOut,
@@ -80,14 +81,6 @@ pub(crate) enum ProcessError {
     Stopped(#[from] Stopped),
 }
 
-/// A finished process whose output went to a log.
-#[derive(Debug)]
-pub(crate) struct Logged {
-    pub(crate) status: ExitStatus,
-    /// The last lines it printed.
-    pub(crate) tail: Vec<String>,
-}
-
 /// A finished process and what it printed.
 #[derive(Debug)]
 pub(crate) struct Captured {
@@ -96,24 +89,26 @@ pub(crate) struct Captured {
     pub(crate) stderr: String,
 }
 
-/// Runs a command; both of its streams go to `log`, in the order it wrote them.
-pub(crate) async fn run_logged(mut command: Command, stop: &Stop, log: &mpsc::Sender<String>) -> Result<Logged, ProcessError> {
+/// Runs a command. Each line of both of its streams, in the order it wrote them, becomes the lines of `log` that `translate` makes of it.
+pub(crate) async fn run_translated(
+    mut command: Command,
+    stop: &Stop,
+    log: &mpsc::Sender<String>,
+    translate: impl FnMut(&str) -> Vec<String>,
+) -> Result<ExitStatus, ProcessError> {
     let (reader, writer) = io::pipe()?;
     command.stdout(writer.try_clone()?).stderr(writer);
     let child = spawn(&mut command)?;
     // The command holds the pipe's write end, and the pipe ends only when every write end is closed.
     drop(command);
     let mut output = pipe::Receiver::from_owned_fd(OwnedFd::from(reader))?;
-    let mut tail = Vec::new();
-    let status = finish(child, forward(&mut output, log, &mut tail), stop).await;
-    let status = match status {
+    match finish(child, forward(&mut output, log, translate), stop).await {
         Err(ProcessError::Stopped(stopped)) => {
             await_end_of(&mut output).await;
-            return Err(stopped.into());
+            Err(stopped.into())
         }
-        other => other?,
-    };
-    Ok(Logged { status, tail })
+        other => other,
+    }
 }
 
 /// Runs a command and keeps what it prints.
@@ -169,18 +164,18 @@ async fn await_end_of(output: &mut (impl AsyncRead + Unpin)) {
     }
 }
 
-async fn forward(output: &mut pipe::Receiver, log: &mpsc::Sender<String>, tail: &mut Vec<String>) -> io::Result<()> {
-    let mut splitter = LineSplitter::default();
+async fn forward(
+    output: &mut pipe::Receiver,
+    log: &mpsc::Sender<String>,
+    mut translate: impl FnMut(&str) -> Vec<String>,
+) -> io::Result<()> {
+    let mut splitter = LineSplitter::with_longest(MAX_TRANSLATED);
     let mut buffer = vec![0; 16 << 10];
     loop {
         let read = output.read(&mut buffer).await?;
         let lines = if read == 0 { splitter.finish().into_iter().collect() } else { splitter.push(&buffer[..read]) };
-        for line in lines {
-            if tail.len() == TAIL_LINES {
-                tail.remove(0);
-            }
-            tail.push(line.clone());
-            // Nobody listening is no reason to fail a build.
+        for line in lines.iter().flat_map(|line| translate(line)) {
+            // A log without a reader is no reason to fail a build.
             let _ = log.send(line).await;
         }
         if read == 0 {
@@ -205,7 +200,11 @@ mod tests {
         command
     }
 
-    async fn logged(script: &str, stop: &Stop) -> (Result<Logged, ProcessError>, Vec<String>) {
+    fn same(line: &str) -> Vec<String> {
+        vec![line.to_owned()]
+    }
+
+    async fn logged(script: &str, stop: &Stop) -> (Result<ExitStatus, ProcessError>, Vec<String>) {
         let (sender, mut receiver) = mpsc::channel(1);
         let collect = async {
             let mut lines = Vec::new();
@@ -215,7 +214,7 @@ mod tests {
             lines
         };
         let run = async {
-            let result = run_logged(shell(script), stop, &sender).await;
+            let result = run_translated(shell(script), stop, &sender, same).await;
             drop(sender);
             result
         };
@@ -225,18 +224,16 @@ mod tests {
     #[tokio::test]
     async fn both_streams_arrive_in_order() {
         let (result, lines) = logged("echo one; echo two >&2; printf three; exit 3", &Stop::after(REAP)).await;
-        let result = result.unwrap();
-        assert_eq!(result.status.code(), Some(3));
+        assert_eq!(result.unwrap().code(), Some(3));
         assert_eq!(lines, ["one", "two", "three"]);
-        assert_eq!(result.tail, lines);
     }
 
     #[tokio::test]
     async fn a_listener_that_left_does_not_stop_the_process() {
         let (sender, receiver) = mpsc::channel(1);
         drop(receiver);
-        let result = run_logged(shell("for i in 1 2 3; do echo $i; done; exit 7"), &Stop::after(REAP), &sender).await;
-        assert_eq!(result.unwrap().status.code(), Some(7));
+        let result = run_translated(shell("for i in 1 2 3; do echo $i; done; exit 7"), &Stop::after(REAP), &sender, same).await;
+        assert_eq!(result.unwrap().code(), Some(7));
     }
 
     #[tokio::test]
@@ -253,7 +250,7 @@ mod tests {
     async fn a_reader_that_stopped_reading_does_not_delay_a_cancellation() {
         let stop = Stop::after(REAP * 6);
         let (sender, mut receiver) = mpsc::channel(1);
-        let run = run_logged(shell("yes"), &stop, &sender);
+        let run = run_translated(shell("yes"), &stop, &sender, same);
         let cancel = async {
             receiver.recv().await.expect("yes says y");
             stop.cancel.cancel();

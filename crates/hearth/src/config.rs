@@ -17,6 +17,7 @@
 //! slots = "10.201.0.0/16"
 //! ```
 
+mod builds;
 mod endpoints;
 mod guests;
 mod machines;
@@ -35,6 +36,7 @@ use hearth_machine::network::EgressPolicy;
 use hearth_machine::network::Links;
 use serde::{Deserialize, Deserializer, de};
 
+pub use builds::{BuildCacheConfig, RegistriesConfig};
 pub use endpoints::EndpointsConfig;
 pub use guests::{AwsConfig, ExtensionsConfig, RolesConfig};
 pub use machines::{ActivityConfig, CapacityConfig, GuestSize};
@@ -104,6 +106,10 @@ pub struct ServeConfig {
     pub endpoints: EndpointsConfig,
     /// What MicroVMs may reach through network connectors, by the connectors' names. None.
     pub connectors: BTreeMap<String, ConnectorConfig>,
+    /// Limits of the image builds' layers.
+    pub build_cache: BuildCacheConfig,
+    /// How image builds reach registries.
+    pub registries: RegistriesConfig,
     /// The MicroVMs' networks.
     pub network: NetworkConfig,
     /// What is kept of the logs of builds and MicroVMs.
@@ -306,6 +312,8 @@ impl Default for ServeConfig {
             quotas: QuotasConfig::default(),
             endpoints: EndpointsConfig::default(),
             connectors: BTreeMap::new(),
+            build_cache: BuildCacheConfig::default(),
+            registries: RegistriesConfig::default(),
             network: NetworkConfig::default(),
             logs: LogsConfig::default(),
             log: LogConfig::default(),
@@ -441,6 +449,8 @@ impl ServeConfig {
             ("wake_timeout_seconds", self.wake_timeout_seconds, 600, "a number of seconds from 1 to 600"),
             ("logs.retention_days", self.logs.retention_days, 3_653, "a number of days from 1 to 3653"),
             ("logs.group_mib", self.logs.group_mib, 1 << 20, "a number of MiB from 1 to 1048576"),
+            ("build_cache.max_mib", self.build_cache.max_mib, u32::MAX, "a number of MiB above 0"),
+            ("build_cache.max_days", self.build_cache.max_days, 3_650, "a number of days from 1 to 3650"),
             ("capacity.memory_mib", self.capacity.memory_mib.unwrap_or(1), u32::MAX, "a number of MiB above 0"),
             ("activity.cpu_percent", self.activity.cpu_percent.unwrap_or(1).into(), 100, "a number of percent from 1 to 100"),
             ("max_concurrent_builds", self.max_concurrent_builds.unwrap_or(1), 64, "a number from 1 to 64"),
@@ -452,6 +462,9 @@ impl ServeConfig {
         }
         if !(1.0..=64.0).contains(&self.capacity.overcommit) {
             return refuse("capacity.overcommit", &self.capacity.overcommit, "a number from 1 to 64");
+        }
+        if let Some(bad) = self.registries.unusable() {
+            return refuse("registries.local", &bad, "an address and port of the loopback, such as \"127.0.0.1:5000\",");
         }
         if let Some(bad) = self.credentials.iter().find(|pair| !pair.is_usable()) {
             return refuse("credentials.access_key_id", &bad.access_key_id, "3 to 128 letters and digits, and a secret that is not empty,");
@@ -565,6 +578,13 @@ mod tests {
             [[credentials]]
             access_key_id = "AKIAEXAMPLE"
             secret_access_key = "s3cret"
+            [build_cache]
+            max_mib = 100
+            max_days = 1
+            [registries]
+            auth_file = "/logins.json"
+            insecure = ["registry.lan:5000"]
+            local = ["127.0.0.1:5000"]
             [network]
             nameservers = ["192.0.2.1"]
             slots = "192.168.64.0/20"
@@ -583,6 +603,8 @@ mod tests {
         assert_eq!(config.credentials[0].access_key_id, "AKIAEXAMPLE");
         assert_eq!(config.network.nameservers, [Ipv4Addr::new(192, 0, 2, 1)]);
         assert_eq!(config.network.slots.to_string(), "192.168.64.0/20");
+        assert_eq!(config.build_cache.limits().bytes, 100 << 20);
+        assert_eq!(config.registries.registries().local, ["127.0.0.1:5000".parse().unwrap()]);
         assert_eq!(config.logs, LogsConfig { retention_days: 3, group_mib: 64 });
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.wake_timeout(), Duration::from_secs(62));

@@ -1,4 +1,4 @@
-//! The guest kit: kernel, initramfs with the guest's PID 1, and the managed base image, as `cargo xtask kit` makes them.
+//! The guest kit: kernel, initramfs with the guest's PID 1, the managed base image's stand-in, and the image builder, as `cargo xtask kit` makes them.
 
 use std::{
     collections::BTreeMap,
@@ -14,11 +14,12 @@ use sha2::{Digest, Sha256};
 use crate::memory::data_ranges;
 
 /// Version of the kit's layout.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 const KERNEL: &str = "vmlinuz";
 const INITRAMFS: &str = "initramfs.cpio";
 const BASE_IMAGE: &str = "base.tar";
+const BUILDER: &str = "builder.tar";
 
 /// A guest kit on disk.
 #[derive(Debug, Clone)]
@@ -84,7 +85,7 @@ impl Kit {
         if manifest.format != FORMAT {
             return Err(malformed(format!("its format is {}, this version of Hearth reads {FORMAT}", manifest.format)));
         }
-        for name in [KERNEL, INITRAMFS, BASE_IMAGE] {
+        for name in [KERNEL, INITRAMFS, BASE_IMAGE, BUILDER] {
             let expected = manifest.files.get(name).ok_or_else(|| malformed(format!("it does not list {name}")))?.bytes;
             let path = dir.join(name);
             let found = fs::metadata(&path).map_err(|error| KitError::Damaged { path: path.clone(), reason: error.to_string() })?.len();
@@ -119,9 +120,18 @@ impl Kit {
         self.dir.join(INITRAMFS)
     }
 
-    /// Root file system of the managed base image.
-    pub fn base_image(&self) -> PathBuf {
-        self.dir.join(BASE_IMAGE)
+    /// Root file system of the managed base image's stand-in, and its checksum.
+    pub fn base_image(&self) -> (PathBuf, &str) {
+        self.archive(BASE_IMAGE)
+    }
+
+    /// Root file system of the image builder, and its checksum.
+    pub fn builder(&self) -> (PathBuf, &str) {
+        self.archive(BUILDER)
+    }
+
+    fn archive(&self, name: &str) -> (PathBuf, &str) {
+        (self.dir.join(name), &self.files[name].sha256)
     }
 }
 
@@ -164,12 +174,12 @@ mod tests {
     fn kit(dir: &Path) {
         fs::create_dir_all(dir).unwrap();
         let mut files = serde_json::Map::new();
-        for name in [KERNEL, INITRAMFS, BASE_IMAGE] {
+        for name in [KERNEL, INITRAMFS, BASE_IMAGE, BUILDER] {
             fs::write(dir.join(name), name).unwrap();
             let entry = serde_json::json!({"bytes": name.len(), "sha256": sha256(name.as_bytes()).unwrap()});
             files.insert(name.to_owned(), entry);
         }
-        let manifest = serde_json::json!({"format": 1, "kernel_release": "6.1.0", "files": files});
+        let manifest = serde_json::json!({"format": FORMAT, "kernel_release": "6.1.0", "files": files});
         fs::write(dir.join("manifest.json"), manifest.to_string()).unwrap();
     }
 

@@ -124,7 +124,7 @@ impl Bench {
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
-        make_rootfs(&kit.base_image(), dir.path());
+        make_rootfs(&kit.base_image().0, dir.path());
         let slots = Slots::start(&format!("{name}-{}", std::process::id()), Links::default(), Vec::new(), 1).await.unwrap();
         let engine = Qemu::start(kit, Accelerator::Tcg, slots).await.unwrap();
         Some(Self { dir, engine })

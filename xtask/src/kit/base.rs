@@ -14,7 +14,7 @@ use crate::process;
 
 const LOCAL_CERTIFICATES: &str = "/usr/local/share/ca-certificates";
 /// Files are not dated after this, 2025-01-01, so that one set of packages always gives the same bytes.
-const SOURCE_DATE_EPOCH: &str = "1735689600";
+pub(super) const SOURCE_DATE_EPOCH: &str = "1735689600";
 const LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// Left out of every package, now and when the image's users install more.
@@ -55,6 +55,12 @@ impl Sources {
             parts.push(fs::read_to_string(path).unwrap_or_default());
         }
         fingerprint(&parts.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Address of the distribution's archive.
+    pub fn mirror(&self) -> Option<&str> {
+        let of = |entry: &'_ String| entry.split_whitespace().nth(2) == Some(self.suite.as_str());
+        self.entries.iter().find(|entry| of(entry)).and_then(|entry| entry.split_whitespace().nth(1))
     }
 
     /// Writes the image as a tar archive.

@@ -4,6 +4,7 @@
 //! Ready is what the app's `/ready` hook says; without one, when it listens on a port.
 
 use std::{
+    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -38,11 +39,14 @@ use super::{
     checks::{Check, CheckError},
     endpoints, image_dir,
     shape::Shape,
+    uplink::BuildUplink,
     version_dir,
 };
 
 /// Lines of build output that wait for the log; the build waits when there are more.
 const LOG_QUEUE: usize = 256;
+/// Tag of an image whose builds use no layer of earlier ones, if it is `true`. Stock clients can set it.
+const NO_CACHE_TAG: &str = "hearth:no-cache";
 /// What the guest calls itself (SPEC 9.3).
 const HOSTNAME: &str = "localhost";
 /// What the state reason says of builds that a stop or a crash of the server ended.
@@ -176,9 +180,18 @@ impl Pipeline {
     /// Runs the Dockerfile; its output is logged as it appears.
     async fn build_rootfs(&self, work: &Path, archive: PathBuf, rootfs: &Path) -> Result<Built, String> {
         let shape = self.shape()?;
+        let egress = self.egress().await?;
+        let outlet = match self.shared.engine.outlet().await {
+            Ok(outlet) => outlet,
+            Err(error) => return Err(self.host_failed(&error).await),
+        };
         let (lines, mut output) = mpsc::channel::<String>(LOG_QUEUE);
         let request = BuildRequest {
             id: self.job.build_id.clone(),
+            account: self.image.account.clone(),
+            no_cache: self.wants_no_cache().await?,
+            uplink: Some(Box::new(BuildUplink::new(outlet, egress))),
+            registry_logins: Vec::new(),
             archive,
             work_dir: work.join("build"),
             rootfs: rootfs.to_owned(),
@@ -199,6 +212,16 @@ impl Pipeline {
                 Err(error.state_reason())
             }
         }
+    }
+
+    /// Whether the image's tags say that its layers are to be made anew.
+    async fn wants_no_cache(&self) -> Result<bool, String> {
+        let tags = match self.shared.store.image_by_id(&self.image.id).await {
+            Ok(image) => image.map(|image| image.tags).unwrap_or_default(),
+            Err(error) => return Err(self.host_failed(&error).await),
+        };
+        let tags: BTreeMap<String, String> = serde_json::from_str(&tags).unwrap_or_default();
+        Ok(tags.get(NO_CACHE_TAG).is_some_and(|value| value.eq_ignore_ascii_case("true")))
     }
 
     async fn boot(&self, work: &Path, rootfs: PathBuf) -> Result<Box<dyn Machine>, String> {

@@ -27,6 +27,7 @@ mod driver;
 mod endpoints;
 mod shape;
 mod snapshots;
+mod uplink;
 
 use std::sync::Arc;
 

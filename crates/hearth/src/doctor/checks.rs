@@ -22,7 +22,7 @@ const GOOD_MEMORY: u64 = 3 * GIB / 2;
 const PROGRAMS: &[(&str, &str, &str)] = &[
     ("qemu-system-x86_64", "it runs the MicroVMs", "qemu-system-x86"),
     ("qemu-img", "it makes the MicroVMs' disks", "qemu-utils"),
-    ("buildah", "it runs the images' Dockerfiles", "buildah"),
+    ("runc", "it isolates image builds from this host", "runc"),
     ("mkfs.ext4", "it makes the images' file systems", "e2fsprogs"),
     ("nft", "it keeps the MicroVMs' networks apart", "nftables"),
     ("ip", "it makes the MicroVMs' networks", "iproute2"),
@@ -381,7 +381,7 @@ mod tests {
         let cases: &[(&str, Spoil)] = &[
             ("platform", |facts| facts.arch = "aarch64"),
             ("root", |facts| facts.root = false),
-            ("buildah", |facts| drop(facts.programs.remove("buildah"))),
+            ("runc", |facts| drop(facts.programs.remove("runc"))),
             ("qemu-system-x86_64", |facts| drop(facts.programs.remove("qemu-system-x86_64"))),
             ("qemu versions", |facts| drop(facts.programs.insert("qemu-img", "qemu-img version 8.0.0".to_owned()))),
             ("/dev/net/tun", |facts| facts.tun = Err("No such file or directory".to_owned())),

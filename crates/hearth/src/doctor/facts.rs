@@ -27,7 +27,7 @@ const HTTPS: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 443);
 const PROGRAMS: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "--version"),
     ("qemu-img", "--version"),
-    ("buildah", "--version"),
+    ("runc", "--version"),
     ("mkfs.ext4", "-V"),
     ("nft", "--version"),
     ("ip", "-V"),

@@ -85,13 +85,7 @@ mod tests {
     use super::*;
 
     fn finding(verdict: Verdict) -> Finding {
-        Finding {
-            name: "buildah",
-            verdict,
-            found: "not found".to_owned(),
-            why: "it runs Dockerfiles",
-            fix: "apt-get install buildah".to_owned(),
-        }
+        Finding { name: "runc", verdict, found: "not found".to_owned(), why: "it runs Dockerfiles", fix: "apt-get install runc".to_owned() }
     }
 
     #[test]
@@ -99,6 +93,6 @@ mod tests {
         require(vec![finding(Verdict::Ok), finding(Verdict::Warn)]).unwrap();
         let unfit = require(vec![finding(Verdict::Ok), finding(Verdict::Fail)]).unwrap_err();
         assert_eq!(unfit.0.len(), 1);
-        assert!(unfit.to_string().contains("fix: apt-get install buildah"), "{unfit}");
+        assert!(unfit.to_string().contains("fix: apt-get install runc"), "{unfit}");
     }
 }

@@ -10,12 +10,19 @@ mod listen;
 mod logging;
 mod signals;
 
-use std::{io::Write, net::SocketAddr, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    io::Write,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use futures::FutureExt;
 use hearth_api::Auth;
-use hearth_build::{Builder, BuilderConfig};
+use hearth_build::{Builder, BuilderConfig, KitFile};
 use hearth_control::{Control, Deps, GuestSettings, Settings, logs::LogStore, roles::Roles, token::Keyring, types::Caller};
 use hearth_identity::Directory;
 use hearth_ingress::{IngressConfig, LocalCa};
@@ -300,11 +307,22 @@ fn credentials(config: &ServeConfig, dir: &DataDir) -> anyhow::Result<(Vec<Crede
 
 async fn builder(config: &ServeConfig, dir: &DataDir, kit: &Kit) -> anyhow::Result<Builder> {
     let cache = config.build_cache_dir.clone().unwrap_or_else(|| dir.build_cache());
-    let mut builder_config = BuilderConfig::new(cache, kit.base_image());
+    let file = |(path, sha256): (PathBuf, &str)| KitFile { path, sha256: sha256.to_owned() };
+    let mut builder_config = BuilderConfig::new(cache, file(kit.base_image()), file(kit.builder()));
     builder_config.deadline = config.build_timeout();
+    builder_config.cache = config.build_cache.limits();
+    builder_config.registries = config.registries.registries();
+    builder_config.memory = host_memory().map(|total| total / 4 * 3);
     let builder = Builder::new(builder_config);
     builder.prepare().await.context("preparing the image builder")?;
     Ok(builder)
+}
+
+/// Bytes of memory that the host has; `None` if it cannot be told, and builds are not limited then.
+fn host_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?.trim();
+    kib.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 async fn engine(config: &ServeConfig, dir: &DataDir, kit: Kit, accelerator: Accelerator) -> anyhow::Result<Arc<dyn Engine>> {

@@ -46,7 +46,13 @@ pub struct BuildArgs {
     /// Role that the build runs with. Any name will do until the account has roles of its own.
     #[arg(long, value_name = "NAME", default_value = "hearth-build")]
     role: String,
+    /// Runs every instruction again and asks for the present base image, instead of using what earlier builds left.
+    #[arg(long)]
+    no_cache: bool,
 }
+
+/// Tag of an image whose builds use nothing that earlier ones left.
+const NO_CACHE_TAG: &str = "hearth:no-cache";
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -103,7 +109,7 @@ pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> 
     let stored: Stored = client.upload(&format!("/hearth/v1/artifacts/{}", names::escape(&name)), body).await?;
 
     let environment: BTreeMap<String, String> = args.env.into_iter().collect();
-    let request = json!({
+    let mut request = json!({
         "name": name,
         "baseImageArn": format!("arn:aws:lambda:{}:aws:microvm-image:al2023-1", connect.region),
         "buildRoleArn": format!("arn:aws:iam::{}:role/{}", connect.account, args.role),
@@ -117,11 +123,21 @@ pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> 
         Err(ClientError::Refused { status: http::StatusCode::NOT_FOUND, .. }) => (Method::POST, "/2025-09-09/microvm-images".to_owned()),
         Err(error) => return Err(error.into()),
     };
+    let tags = format!("/2017-03-31/tags/{}", names::escape(&names::image_arn(&connect, &name)));
+    if args.no_cache && method == Method::POST {
+        request["tags"] = json!({ NO_CACHE_TAG: "true" });
+    } else if args.no_cache {
+        client.call::<Value>(Method::POST, &tags, Some(json!({ "Tags": { NO_CACHE_TAG: "true" } }))).await?;
+    }
     let created: Created = client.call(method, &path, Some(request)).await?;
     progress.set_message(format!("building {name} {}", created.image_version));
     let print = |bytes: &[u8]| progress.suspend(|| io::stdout().write_all(bytes));
     logs::copy(&client, &format!("image={}", names::escape(&name)), true, print).await?;
     let reached = settled(&client, &name).await?;
+    if args.no_cache {
+        // For this build only.
+        client.call::<Value>(Method::DELETE, &format!("{tags}?tagKeys={}", names::escape(NO_CACHE_TAG)), None).await?;
+    }
     progress.finish_and_clear();
 
     let seconds = started.elapsed().as_secs();

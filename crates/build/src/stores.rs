@@ -1,0 +1,304 @@
+//! Layer stores: where the image builder keeps images and layers, each account apart.
+//!
+//! ```text
+//! accounts/<account>/<n>/data     what the builder's daemon keeps
+//! accounts/<account>/<n>/born     when it was made: a store that is too old is made afresh, so that no layer is kept for ever
+//! accounts/<account>/<n>/lock     held by the build that uses it, and by the processes of its sandbox
+//! ```
+//!
+//! A daemon wants a store for itself. Builds of one account that run at once therefore have one each; a build takes the first that is free,
+//! so that builds one after the other share their layers. The kernel gives a lock up when its last holder dies: a store whose server was
+//! killed is free when its sandbox has noticed.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::task::spawn_blocking;
+
+use crate::{BuildError, bundle::FIRST_ID};
+
+/// Most stores of one account, and so most builds of it at once.
+const MOST_STORES: u32 = 64;
+
+/// Limits of all stores together.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheLimits {
+    /// Bytes on the disk. Exceeded while builds run; afterwards the stores that were used least recently go.
+    pub bytes: u64,
+    /// Longest time that a layer is used again.
+    pub age: Duration,
+}
+
+impl Default for CacheLimits {
+    fn default() -> Self {
+        Self { bytes: 20 << 30, age: Duration::from_secs(7 * 24 * 60 * 60) }
+    }
+}
+
+/// A store cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    #[error("{what} {path}: {source}")]
+    Io { what: &'static str, path: String, source: io::Error },
+    #[error("{MOST_STORES} builds of the account are running")]
+    Busy,
+}
+
+impl From<StoreError> for BuildError {
+    fn from(error: StoreError) -> Self {
+        Self::Platform(Box::new(error))
+    }
+}
+
+/// The directory of all stores.
+#[derive(Debug, Clone)]
+pub(crate) struct Stores {
+    dir: PathBuf,
+    limits: CacheLimits,
+}
+
+/// A store that one build has for itself.
+#[derive(Debug)]
+pub(crate) struct Store {
+    dir: PathBuf,
+    pub(crate) lock: File,
+    /// It had become too old, and is empty now.
+    pub(crate) renewed: bool,
+}
+
+/// What is kept, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheUsage {
+    /// Bytes on the disk.
+    pub bytes: u64,
+    /// Number of stores.
+    pub stores: usize,
+}
+
+impl Stores {
+    pub(crate) fn new(cache_dir: &Path, limits: CacheLimits) -> Self {
+        Self { dir: cache_dir.join("accounts"), limits }
+    }
+
+    /// Waits for a store of an account.
+    pub(crate) async fn take(&self, account: &str) -> Result<Store, StoreError> {
+        let (dir, age) = (self.dir.join(account), self.limits.age);
+        spawn_blocking(move || take(&dir, age)).await.expect("taking a store does not panic")
+    }
+
+    /// Deletes the stores that were used least recently until all together are within the limit. Those in use stay.
+    pub(crate) async fn trim(&self) -> Result<(), StoreError> {
+        let (dir, limit) = (self.dir.clone(), self.limits.bytes);
+        spawn_blocking(move || trim(&dir, limit)).await.expect("deleting stores does not panic")
+    }
+}
+
+/// How much the stores below a cache directory hold. Blocks.
+pub fn cache_usage(cache_dir: &Path) -> io::Result<CacheUsage> {
+    let stores = list(&cache_dir.join("accounts"))?;
+    let mut bytes = 0;
+    for store in &stores {
+        bytes += disk_usage(store)?;
+    }
+    Ok(CacheUsage { bytes, stores: stores.len() })
+}
+
+impl Store {
+    /// What the daemon keeps.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+
+    /// Empties the store.
+    pub(crate) async fn renew(&self) -> Result<(), StoreError> {
+        let dir = self.dir.clone();
+        spawn_blocking(move || renew(&dir)).await.expect("deleting a store does not panic")
+    }
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.display().to_string();
+    move |source| StoreError::Io { what, path, source }
+}
+
+fn take(account: &Path, age: Duration) -> Result<Store, StoreError> {
+    for number in 0..MOST_STORES {
+        let dir = account.join(number.to_string());
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed("making the layer store", &dir))?;
+        let path = dir.join("lock");
+        let lock = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(&path);
+        let lock = lock.map_err(failed("opening the lock", &path))?;
+        match lock.try_lock() {
+            Ok(()) => return open(dir, lock, age),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => return Err(failed("locking", &path)(error)),
+        }
+    }
+    Err(StoreError::Busy)
+}
+
+fn open(dir: PathBuf, lock: File, age: Duration) -> Result<Store, StoreError> {
+    let born = fs::read_to_string(dir.join("born")).ok().and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let is_current = born.is_some_and(|born| born <= now && now - born < age) && dir.join("data").exists();
+    if !is_current {
+        renew(&dir)?;
+    }
+    // Its time says when the store was last used.
+    lock.set_modified(SystemTime::now()).map_err(failed("marking the layer store as used", &dir))?;
+    Ok(Store { dir, lock, renewed: !is_current && born.is_some() })
+}
+
+fn renew(dir: &Path) -> Result<(), StoreError> {
+    let data = dir.join("data");
+    remove(&data)?;
+    DirBuilder::new().mode(0o700).create(&data).map_err(failed("making the layer store", &data))?;
+    chown(&data, Some(FIRST_ID), Some(FIRST_ID)).map_err(failed("giving away the layer store", &data))?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let born = dir.join("born");
+    fs::write(&born, now.as_secs().to_string()).map_err(failed("writing", &born))
+}
+
+fn remove(dir: &Path) -> Result<(), StoreError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("deleting the layer store", dir)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// The directories of all stores.
+fn list(accounts: &Path) -> io::Result<Vec<PathBuf>> {
+    let directories = |dir: &Path| -> io::Result<Vec<PathBuf>> {
+        match fs::read_dir(dir) {
+            Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    };
+    let mut stores = Vec::new();
+    for account in directories(accounts)? {
+        stores.extend(directories(&account)?);
+    }
+    Ok(stores)
+}
+
+fn trim(accounts: &Path, limit: u64) -> Result<(), StoreError> {
+    let mut stores = Vec::new();
+    for dir in list(accounts).map_err(failed("listing the layer stores", accounts))? {
+        let bytes = disk_usage(&dir).map_err(failed("measuring the layer store", &dir))?;
+        let used = fs::metadata(dir.join("lock")).and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
+        stores.push((used, bytes, dir));
+    }
+    let mut total: u64 = stores.iter().map(|(_, bytes, _)| bytes).sum();
+    stores.sort();
+    for (_, bytes, dir) in stores {
+        if total <= limit {
+            break;
+        }
+        let Ok(lock) = File::open(dir.join("lock")) else { continue };
+        if lock.try_lock().is_ok() {
+            tracing::info!(store = %dir.display(), bytes, "the layer cache is over its limit: deleting a store");
+            remove(&dir.join("data"))?;
+            total -= bytes;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that a directory and all below it take on the disk. What vanishes meanwhile does not count.
+fn disk_usage(dir: &Path) -> io::Result<u64> {
+    let mut bytes = 0;
+    let mut waiting = vec![dir.to_owned()];
+    while let Some(dir) = waiting.pop() {
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for entry in entries {
+            let entry = entry?;
+            let Ok(metadata) = entry.path().symlink_metadata() else { continue };
+            // A file with several names is counted with its first.
+            if metadata.is_dir() {
+                waiting.push(entry.path());
+            } else if metadata.nlink() > 1 {
+                bytes += metadata.blocks() * 512 / metadata.nlink();
+            } else {
+                bytes += metadata.blocks() * 512;
+            }
+        }
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stores(dir: &Path, bytes: u64, age: Duration) -> Option<Stores> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: layer stores are given to another user, which needs root");
+            return None;
+        }
+        Some(Stores::new(dir, CacheLimits { bytes, age }))
+    }
+
+    #[tokio::test]
+    async fn take_gives_each_build_a_store_and_accounts_none_of_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(stores) = stores(dir.path(), u64::MAX, Duration::from_secs(60)) else { return };
+        let one = stores.take("1").await.unwrap();
+        let two = stores.take("1").await.unwrap();
+        let other = stores.take("2").await.unwrap();
+        assert_eq!(
+            [&one, &two, &other].map(|store| store.dir.strip_prefix(dir.path()).unwrap().to_str().unwrap().to_owned()),
+            ["accounts/1/0", "accounts/1/1", "accounts/2/0"]
+        );
+        fs::write(one.data().join("layer"), "content").unwrap();
+        drop(one);
+        let again = stores.take("1").await.unwrap();
+        assert_eq!(fs::read_to_string(again.data().join("layer")).unwrap(), "content");
+        assert!(!again.renewed);
+    }
+
+    #[tokio::test]
+    async fn take_old_store_is_made_afresh() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(stores) = stores(dir.path(), u64::MAX, Duration::from_secs(60)) else { return };
+        let store = stores.take("1").await.unwrap();
+        assert!(!store.renewed, "a new store is nothing to tell of");
+        fs::write(store.data().join("layer"), "old").unwrap();
+        fs::write(store.dir.join("born"), "1000").unwrap();
+        drop(store);
+        let store = stores.take("1").await.unwrap();
+        assert!(store.renewed && !store.data().join("layer").exists());
+    }
+
+    #[tokio::test]
+    async fn trim_deletes_what_was_used_least_recently_and_nothing_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(stores) = stores(dir.path(), 300 << 10, Duration::from_secs(60)) else { return };
+        let mut taken = Vec::new();
+        for account in ["1", "2", "3"] {
+            let store = stores.take(account).await.unwrap();
+            fs::write(store.data().join("layer"), vec![1; 200 << 10]).unwrap();
+            taken.push(store);
+        }
+        taken[0].lock.set_modified(UNIX_EPOCH).unwrap();
+        taken[1].lock.set_modified(UNIX_EPOCH + Duration::from_secs(9)).unwrap();
+        let layers: Vec<PathBuf> = taken.iter().map(|store| store.data().join("layer")).collect();
+        let in_use = taken.remove(0);
+        drop(taken);
+        stores.trim().await.unwrap();
+        let left: Vec<bool> = layers.iter().map(|layer| layer.exists()).collect();
+        assert_eq!(left, [true, false, false], "the first is in use, and with another one there would still be too much");
+        drop(in_use);
+        assert!(cache_usage(dir.path()).unwrap().bytes > 200 << 10);
+        assert_eq!(cache_usage(dir.path()).unwrap().stores, 3);
+    }
+}
