@@ -71,21 +71,21 @@ pub fn ensure(out: &Path) -> Result<Kit> {
     let _lock = lock(&target.join("kit.lock"))?;
 
     // Nearly all of the time of a run that finds everything made is spent here.
-    let (package, sources, guest) = thread::scope(|scope| {
+    let (package, sources, programs) = thread::scope(|scope| {
         let package = scope.spawn(Package::find);
         let sources = scope.spawn(base::Sources::find);
-        let guest = guest::build(&target.join("kit-guest"));
-        (package.join().expect("no panic in it"), sources.join().expect("no panic in it"), guest)
+        let programs = guest::build(&target.join("kit-guest"));
+        (package.join().expect("no panic in it"), sources.join().expect("no panic in it"), programs)
     });
-    let (package, guest) = (package?, guest?);
+    let (package, guest::Programs { guest, standin }) = (package?, programs?);
     // On a fresh machine, apt's lists have only just come with the search for the kernel.
     let sources = sources.or_else(|_| base::Sources::find())?;
     let builder = builder::Recipe::new(&sources)?;
     let wanted = Inputs::from([
         (VMLINUZ.to_owned(), fingerprint(&[&package.identity()])),
         (INITRAMFS.to_owned(), fingerprint(&[&package.identity(), &checksum(&guest)?.sha256, &modules::WANTED.join(" ")])),
-        (BASE.to_owned(), fingerprint(&[&sources.identity()])),
         (BUILDER.to_owned(), fingerprint(&[&builder.identity()])),
+        (BASE.to_owned(), fingerprint(&[&sources.identity(&standin)?])),
     ]);
     let present = Present::read(out);
     if let Some(kit) = present.complete(&wanted) {
@@ -110,7 +110,7 @@ pub fn ensure(out: &Path) -> Result<Kit> {
             VMLINUZ => kernel()?.copy_image(&file)?,
             INITRAMFS => write_initramfs(&file, &guest, &kernel()?)?,
             BUILDER => builder.build(&file)?,
-            _ => sources.build(&file)?,
+            _ => sources.build(&file, &standin)?,
         }
         println!("made the kit's {name} in {:.1} s", started.elapsed().as_secs_f64());
     }

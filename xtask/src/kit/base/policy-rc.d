@@ -1,0 +1,3 @@
+#!/bin/sh
+# Packages do not start their services when they are installed.
+exit 101
