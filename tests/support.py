@@ -28,7 +28,8 @@ import botocore.exceptions
 ROOT = Path(__file__).resolve().parent.parent
 HEARTH = Path(os.environ.get("HEARTH", ROOT / "target/debug/hearth"))
 BUILD_CACHE = os.environ.get("HEARTH_TEST_BUILD_CACHE")
-FLASK_HELLO = ROOT / "examples/flask-hello"
+EXAMPLES = ROOT / "examples"
+FLASK_HELLO = ROOT / "tests/apps/flask-hello"
 
 BASE_IMAGE_ARN = "arn:aws:lambda:us-east-1:aws:microvm-image:al2023-1"
 BASE_IMAGE = "public.ecr.aws/lambda/microvms:al2023-minimal"

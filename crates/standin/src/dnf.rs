@@ -94,10 +94,7 @@ fn explain(error: &DnfError) {
                 eprintln!("stand-in: {asked}: {reason}.");
             }
             eprintln!("stand-in: {} says which names are known.", image::TABLE);
-            let ignored = repositories();
-            if !ignored.is_empty() {
-                eprintln!("stand-in: repositories of RPM packages are not used: {}.", ignored.join(", "));
-            }
+            warn_of_repositories();
         }
         DnfError::Plan(PlanError::NotInstalled { names, .. }) => {
             for name in names {
@@ -110,12 +107,15 @@ fn explain(error: &DnfError) {
     }
 }
 
-/// Repositories that a Dockerfile added.
-fn repositories() -> Vec<String> {
+/// A Dockerfile may have added repositories, and expect that packages are theirs.
+fn warn_of_repositories() {
     let files = fs::read_dir(REPOSITORIES).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|extension| extension == "repo")).collect();
     files.sort();
-    files.iter().map(|path| path.display().to_string()).collect()
+    if !files.is_empty() {
+        let files: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
+        eprintln!("stand-in: repositories of RPM packages are not used: {}.", files.join(", "));
+    }
 }
 
 /// Options that dnf.conf sets.
@@ -255,6 +255,7 @@ fn change(options: &Options, plan: impl FnOnce(&Resolver<'_>) -> Result<Plan, Dn
         for line in &plan.lines {
             println!("{line}");
         }
+        warn_of_repositories();
     }
     if plan.apt.is_empty() {
         println!("Nothing to do.\nComplete!");
@@ -278,7 +279,10 @@ fn change(options: &Options, plan: impl FnOnce(&Resolver<'_>) -> Result<Plan, Dn
         }
     }
     plan.apt.insert(1, "--yes".to_owned());
-    if !apt::get(options.quiet, &plan.apt)?.success() {
+    let changed = apt::get(options.quiet, &plan.apt)?;
+    // What apt keeps for its own speed is large and would stay in the layer.
+    apt::get(true, &["clean".to_owned()])?;
+    if !changed.success() {
         return Err(DnfError::Failed);
     }
     finish(&plan)?;

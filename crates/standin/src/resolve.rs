@@ -147,12 +147,13 @@ impl Resolver<'_> {
     }
 
     fn item(&self, item: &Item) -> Option<String> {
-        item.choices.iter().find(|choice| self.has(choice)).map(|choice| choice.name.clone())
+        item.choices.iter().find_map(|choice| self.choice(choice))
     }
 
-    fn has(&self, choice: &Choice) -> bool {
-        let recent = |least| self.suite.candidate(&choice.name).and_then(|version| major(&version)).is_some_and(|major| major >= least);
-        self.suite.has(&choice.name) && choice.at_least.is_none_or(recent)
+    fn choice(&self, choice: &Choice) -> Option<String> {
+        let name = self.debian(&choice.name)?;
+        let recent = |least| self.suite.candidate(&name).and_then(|version| major(&version)).is_some_and(|major| major >= least);
+        choice.at_least.is_none_or(recent).then_some(name)
     }
 
     fn absent(&self, item: &Item, note: Option<String>) -> Reason {
@@ -303,7 +304,7 @@ mod tests {
         python3.%-pip\tpython3.% python3-pip /usr/bin/pip3.%=/usr/bin/pip3\n\
         nodejs\tnodejs npm\n\
         nodejs%\tnodejs>=% npm\telse: ask for nodejs\n\
-        openssl-libs\tlibssl3|libssl3t64\n\
+        openssl-libs\tlibssl3\n\
         docker\tdocker.io\n\
         epel-release\t-\tEPEL's packages are looked for in Debian\n\
         kernel-devel\t!\tno headers\n\

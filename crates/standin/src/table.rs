@@ -135,7 +135,7 @@ impl Line {
                 Meaning::Packages { items, links }
             }
         };
-        Ok(Entry { meaning, note: self.note.clone() })
+        Ok(Entry { meaning, note: self.note.as_ref().map(|note| note.replace(VERSION, version)) })
     }
 }
 
