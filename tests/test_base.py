@@ -11,6 +11,8 @@ from support import EXAMPLES, idle_policy
 # Packages come from the distribution's archives, PyPI and npm.
 BUILD_SECONDS = 600
 
+pytestmark = pytest.mark.timeout(BUILD_SECONDS + 120)
+
 ANNOUNCED = [
     f"FROM {support.BASE_IMAGE}",
     "RUN dnf install -y python3 python3-pip && dnf clean all",
@@ -28,7 +30,10 @@ def built(server, name: str, data: bytes):
     """An image from an archive, deleted afterwards."""
     arn = support.create_image(server, name, support.upload(server, f"base/{name}.zip", data))["imageArn"]
     try:
-        support.wait_image(server, arn, "CREATED", BUILD_SECONDS)
+        try:
+            support.wait_image(server, arn, "CREATED", BUILD_SECONDS)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{server.hearth('logs', name).stdout[-3000:]}") from None
         yield arn
     finally:
         server.hearth("image", "rm", name)
