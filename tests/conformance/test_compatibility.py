@@ -8,8 +8,8 @@ import re
 
 import support
 
-from . import catalogue
-from .model import COMPATIBILITY, SUITE, operations, server_operations
+from . import catalogue, drift
+from .model import COMPATIBILITY, SUITE, operations
 
 VERDICTS = ("same", "different", "extension")
 
@@ -89,10 +89,17 @@ def test_every_operation_is_called_with_boto3():
     assert not {"_".join(re.findall("[A-Z][a-z]+", name)).lower() for name in operations()} - words
 
 
-def test_the_server_was_built_with_the_operations_of_the_published_model():
-    def essence(name: str) -> tuple:
-        http = operations()[name].http
-        return http["method"], http["requestUri"], int(http["responseCode"])
+def test_the_server_checks_inputs_as_the_published_model_says():
+    assert not list(drift.inputs(operations()))
 
-    served = {name: (found["method"], found["uri"], found["status"]) for name, found in server_operations().items()}
-    assert served == {name: essence(name) for name in operations()}
+
+def test_drift_new_member_is_reported():
+    """`cargo xtask model` would say so of a model that has more than this one."""
+    known = drift.published_tree(operations()["RunMicrovm"].input_shape)
+    newer = drift.published_tree(operations()["RunMicrovm"].input_shape)
+    newer["members"]["future"] = {"required": True, "in": "body", "wire": "future", "shape": {"type": "string", "max": 5}}
+    newer["members"]["maximumDurationInSeconds"]["shape"]["max"] += 1
+    assert sorted(drift.compare("Run", newer, known)) == [
+        "Run.future: not served, string (max 5)",
+        "Run.maximumDurationInSeconds: max is 28801, served as 28800",
+    ]

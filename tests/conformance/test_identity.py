@@ -48,6 +48,7 @@ CONFIG = f'regions = ["{REGION}"]\n[[accounts]]\nid = "{OTHER_ACCOUNT}"\n' + "".
         user("builder", allow("lambda:*")),
         user("denied", allow("lambda:*", "iam:PassRole"), {"Effect": "Deny", "Action": "lambda:CreateMicrovmImage", "Resource": "*"}),
         user("runner", allow("lambda:RunMicrovm")),
+        user("keyless", allow("lambda:*", "iam:PassRole")),
         user("narrow", allow("lambda:GetMicrovmImage", resource="arn:aws:lambda:*:*:microvm-image:mine-*")),
         role("worker", {"AWS": OTHER_ACCOUNT, "Service": "lambda.amazonaws.com"}, allow("lambda:ListMicrovms")),
         role("build", {"Service": "lambda.amazonaws.com"}, allow("s3:GetObject")),
@@ -145,6 +146,18 @@ def test_connectors_are_passed_only_with_leave(shared, as_user):
     user = as_user("runner")
     code, message, status = error_of(user.run_microvm, imageIdentifier=image_arn("none", OTHER_ACCOUNT))
     assert (code, status) == ("AccessDeniedException", 403) and "lambda:PassNetworkConnector" in message
+
+
+@pytest.mark.compat("identity.use-key")
+@pytest.mark.parametrize("key", [f"arn:aws:kms:us-east-1:{OTHER_ACCOUNT}:key/1234", "alias/mine"])
+def test_a_key_is_named_only_with_leave_to_use_it(as_user, key):
+    for call, options in [
+        ("create_microvm_image", {"name": "keyed", **SPEC}),
+        ("update_microvm_image", {"imageIdentifier": image_arn("keyed", OTHER_ACCOUNT), **SPEC}),
+        ("run_microvm", {"imageIdentifier": image_arn("keyed", OTHER_ACCOUNT)}),
+    ]:
+        code, message, status = error_of(getattr(as_user("keyless"), call), kmsKeyIdentifier=key, **options)
+        assert (code, status) == ("AccessDeniedException", 403) and "kms:GenerateDataKey" in message, (call, message)
 
 
 @pytest.mark.compat("sts.assume-role")

@@ -16,8 +16,8 @@ from .things import UNKNOWN_IMAGE, managed_connector
 CREATED = {
     "additionalOsCapabilities", "baseImageArn", "baseImageVersion", "buildPhaseOverrides", "buildRoleArn", "codeArtifact",
     "cpuConfigurations", "createdAt", "description", "egressNetworkConnectors", "environmentVariables", "hooks", "id", "imageArn",
-    "imageVersion", "latestActiveImageVersion", "latestFailedImageVersion", "logging", "name", "resources", "roleConfiguration", "state",
-    "tags", "updatedAt",
+    "imageVersion", "kmsKeyIdentifier", "latestActiveImageVersion", "latestFailedImageVersion", "logging", "name", "resources",
+    "roleConfiguration", "state", "tags", "updatedAt",
 }  # fmt: skip
 SUMMARY = {"createdAt", "id", "imageArn", "latestActiveImageVersion", "latestFailedImageVersion", "name", "state", "tags", "updatedAt"}
 ITEM = {"createdAt", "id", "imageArn", "latestActiveImageVersion", "latestFailedImageVersion", "name", "state"}
@@ -46,7 +46,7 @@ def test_create_answers_every_member_of_the_projection(raw, things):
     assert answer["codeArtifact"] == sent["codeArtifact"]
     for member in (
         "additionalOsCapabilities", "buildPhaseOverrides", "cpuConfigurations", "description", "environmentVariables", "hooks",
-        "latestActiveImageVersion", "latestFailedImageVersion", "logging", "roleConfiguration", "tags",
+        "kmsKeyIdentifier", "latestActiveImageVersion", "latestFailedImageVersion", "logging", "roleConfiguration", "tags",
     ):  # fmt: skip
         assert answer[member] is None, member
     assert isinstance(answer["createdAt"], (int, float)) and isinstance(answer["updatedAt"], (int, float))

@@ -137,6 +137,21 @@ def test_logging_without_role(microvms, things):
     check("logging-without-role", error_of(microvms.run_microvm, imageIdentifier=things.image.arn, logging=logging))
 
 
+@pytest.mark.compat("key.refused")
+def test_key_refused(create, microvms, things):
+    """No encryption is accepted that is not done, and nothing is left of the request."""
+    said = "The KMS key alias/mine cannot be used: this server does not encrypt with customer managed keys. Leave out kmsKeyIdentifier."
+    refusals = [
+        create(kmsKeyIdentifier="alias/mine"),
+        error_of(microvms.run_microvm, imageIdentifier=things.image.arn, kmsKeyIdentifier="alias/mine"),
+        error_of(
+            microvms.update_microvm_image, imageIdentifier=things.image.arn, kmsKeyIdentifier="alias/mine", **things.spec(things.uri)
+        ),
+    ]
+    assert refusals == [("ValidationException", said, 400)] * 3
+    assert microvms.get_microvm_image(imageIdentifier=things.image.arn)["latestActiveImageVersion"] == "1.0"
+
+
 @pytest.mark.compat("message.connector-malformed")
 @pytest.mark.parametrize("member", ["ingressNetworkConnectors", "egressNetworkConnectors"])
 def test_connector_malformed(microvms, things, member):

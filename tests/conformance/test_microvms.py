@@ -16,7 +16,7 @@ from .things import ROLE, STATIC_PORT, managed_connector
 
 DETAIL = {
     "egressNetworkConnectors", "endpoint", "executionRoleArn", "idlePolicy", "imageArn", "imageVersion", "ingressNetworkConnectors",
-    "maximumDurationInSeconds", "microvmId", "startedAt", "state", "stateReason", "terminatedAt", "terminationReasonCode",
+    "kmsKeyIdentifier", "maximumDurationInSeconds", "microvmId", "startedAt", "state", "stateReason", "terminatedAt", "terminationReasonCode",
 }  # fmt: skip
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 

@@ -35,6 +35,7 @@ UNRECORDED = [
     r"User: .* is not authorized to perform this action on resource: .*",
     r"User: .* is not authorized to perform: .*",
     r"Invalid port range: startPort \d+ is greater than endPort \d+\.",
+    r"The KMS key \S+ cannot be used: this server does not encrypt with customer managed keys\. Leave out kmsKeyIdentifier\.",
     r"Request must be smaller than \d+ bytes for this operation\.",
     r"The request signature we calculated does not match the signature you provided\..*",
 ]

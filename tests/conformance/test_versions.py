@@ -17,7 +17,7 @@ from .things import Image
 VERSION = {
     "additionalOsCapabilities", "baseImageArn", "baseImageVersion", "buildPhaseOverrides", "buildRoleArn", "codeArtifact",
     "cpuConfigurations", "createdAt", "description", "egressNetworkConnectors", "environmentVariables", "hooks", "imageArn", "imageVersion",
-    "logging", "resources", "roleConfiguration", "state", "stateReason", "status", "tags", "updatedAt", "versionStateTimeBucket",
+    "kmsKeyIdentifier", "logging", "resources", "roleConfiguration", "state", "stateReason", "status", "tags", "updatedAt", "versionStateTimeBucket",
 }  # fmt: skip
 BUILD = {
     "architecture", "buildId", "buildState", "chipset", "chipsetGeneration", "createdAt", "imageArn", "imageVersion", "stateReason",

@@ -1,4 +1,4 @@
-//! The project's chores: `cargo xtask setup`, `kit`, `demo`, `test`, `bench`.
+//! The project's chores: `cargo xtask setup`, `kit`, `demo`, `test`, `model`, `bench`.
 
 #![deny(unsafe_code)]
 
@@ -8,6 +8,7 @@ mod demo;
 mod host;
 mod kit;
 mod leftovers;
+mod model;
 mod node;
 mod process;
 mod python;
@@ -37,6 +38,8 @@ enum Chore {
         #[arg(last = true, value_name = "PYTEST ARGUMENTS")]
         system: Option<Vec<String>>,
     },
+    /// Say what the newest published model of the service has that Hearth does not serve.
+    Model,
     /// Measure how long launch, suspend and resume take, or what the endpoint proxy adds.
     Bench {
         /// What is measured.
@@ -72,6 +75,7 @@ fn carry_out(chore: &Chore) -> anyhow::Result<()> {
         Chore::Demo => demo::run(&workspace),
         Chore::Test { system: None } => checks::run(&workspace),
         Chore::Test { system: Some(arguments) } => checks::run_system(&workspace, arguments),
+        Chore::Model => model::run(&workspace),
         Chore::Bench { subject, rounds } => bench::run(&workspace, *subject, *rounds),
     }
 }

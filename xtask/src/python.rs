@@ -1,7 +1,8 @@
-//! The virtual environment with the clients that tests and demo use: boto3, pytest, and an AWS CLI that knows MicroVMs.
+//! The virtual environments: one with the clients that tests and demo use (boto3, pytest, and an AWS CLI that knows MicroVMs), one with the
+//! newest published models of the service.
 
 use std::{
-    ffi::OsString,
+    ffi::OsStr,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -31,20 +32,37 @@ impl Venv {
         if fs::read_to_string(&stamp).is_ok_and(|found| found == digest) && venv.works() {
             return Ok(venv);
         }
-        println!("making the Python environment {}", venv.dir.display());
-        if venv.dir.exists() {
-            fs::remove_dir_all(&venv.dir).with_context(|| format!("removing {}", venv.dir.display()))?;
-        }
-        process::run("making a virtual environment", Command::new(find_python()?).args(["-m", "venv"]).arg(&venv.dir), LIMIT)?;
-        process::run(
-            "installing the Python packages",
-            Command::new(venv.python())
-                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement"])
-                .arg(requirements),
-            PIP_LIMIT,
-        )?;
+        venv.make()?;
+        venv.install(&["--requirement".as_ref(), requirements.as_os_str()])?;
         fs::write(&stamp, digest).with_context(|| format!("writing {}", stamp.display()))?;
         Ok(venv)
+    }
+
+    /// An environment with the newest botocore that is published.
+    pub fn with_newest_models(target: &Path) -> Result<Self> {
+        let venv = Self { dir: target.join("model") };
+        if !succeeds(Command::new(venv.python()).args(["-c", "import pip"])) {
+            venv.make()?;
+        }
+        venv.install(&["--upgrade".as_ref(), "botocore".as_ref()])?;
+        Ok(venv)
+    }
+
+    /// Makes the environment anew, with nothing in it.
+    fn make(&self) -> Result<()> {
+        println!("making the Python environment {}", self.dir.display());
+        if self.dir.exists() {
+            fs::remove_dir_all(&self.dir).with_context(|| format!("removing {}", self.dir.display()))?;
+        }
+        process::run("making a virtual environment", Command::new(find_python()?).args(["-m", "venv"]).arg(&self.dir), LIMIT)
+    }
+
+    fn install(&self, arguments: &[&OsStr]) -> Result<()> {
+        process::run(
+            "installing the Python packages",
+            Command::new(self.python()).args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(arguments),
+            PIP_LIMIT,
+        )
     }
 
     /// The environment's interpreter.
@@ -57,18 +75,16 @@ impl Venv {
         self.dir.join("bin")
     }
 
-    /// The AWS CLI to use: the one on the PATH if it has the service, else the environment's.
-    pub fn aws(&self) -> OsString {
-        if knows_microvms("aws".as_ref()) { "aws".into() } else { self.bin().join("aws").into() }
+    /// Directory of botocore's models.
+    pub fn models(&self) -> Result<PathBuf> {
+        let script = "import botocore, os; print(os.path.join(os.path.dirname(botocore.__file__), 'data'))";
+        let printed = process::output("finding botocore", Command::new(self.python()).args(["-c", script]), LIMIT)?;
+        Ok(PathBuf::from(printed.trim_end()))
     }
 
     fn works(&self) -> bool {
         succeeds(Command::new(self.python()).args(["-c", "import boto3, pytest"]))
     }
-}
-
-fn knows_microvms(aws: &std::ffi::OsStr) -> bool {
-    succeeds(Command::new(aws).args(["lambda-microvms", "list-microvms", "--generate-cli-skeleton"]))
 }
 
 /// A Python that can make virtual environments: some have the module but not what it installs pip with.

@@ -27,7 +27,7 @@ pub struct Tools {
     pub root: PathBuf,
     /// Interpreter with the test clients.
     pub python: PathBuf,
-    /// Directory that must be on the PATH for an `aws` that knows MicroVMs; of no effect if the one on the PATH does.
+    /// Directory that must be first on the PATH for an `aws` that knows MicroVMs.
     pub aws_dir: PathBuf,
     /// Directory whose `node_modules` has the JavaScript SDK.
     pub node: PathBuf,
@@ -47,10 +47,14 @@ impl Workspace {
     pub fn set_up(&self) -> Result<Tools> {
         host::ensure()?;
         kit::ensure(&self.target.join("kit")).context("making the guest kit")?;
-        let venv = Venv::ensure(&self.target, &self.root.join("tests/requirements.txt"))?;
-        let aws = PathBuf::from(venv.aws());
-        let node = node::ensure(&self.target, &self.root.join("tests/conformance/javascript/package.json"))?;
-        Ok(Tools { root: self.root.clone(), python: venv.python(), aws_dir: aws.parent().map(Path::to_owned).unwrap_or_default(), node })
+        let venv = self.clients()?;
+        let node = node::ensure(&self.target, &self.root.join("tests/conformance/javascript"))?;
+        Ok(Tools { root: self.root.clone(), python: venv.python(), aws_dir: venv.bin(), node })
+    }
+
+    /// The Python environment of tests and demo.
+    pub fn clients(&self) -> Result<Venv> {
+        Venv::ensure(&self.target, &self.root.join("tests/requirements.txt"))
     }
 
     /// Builds the server and returns its path.

@@ -12,6 +12,7 @@ use hearth_control::{
     ControlError,
     arn::{ImageArn, managed_connector},
     plane::ControlPlane,
+    types::Caller,
 };
 use hearth_identity::{Context, Denied, Directory, Request, RoleRefused};
 
@@ -49,23 +50,30 @@ pub(crate) enum Pass {
     Role(&'static str),
     /// `lambda:PassNetworkConnector` on each connector of the member, or on the managed one that takes its place.
     Connectors { member: &'static str, default: Option<&'static str> },
+    /// [`KEY_ACTIONS`] on the key that the member names, if it does.
+    Key(&'static str),
 }
+
+/// What a caller who has something encrypted with a key must be allowed to do with it. AWS's model says "use the key" and no more.
+const KEY_ACTIONS: [&str; 2] = ["kms:GenerateDataKey", "kms:Decrypt"];
 
 const fn rule(operation: &'static str, resource: Resource, passes: &'static [Pass]) -> Rule {
     Rule { operation, resource, passes }
 }
 
 const IMAGE: &str = "imageIdentifier";
+const KEY: &str = "kmsKeyIdentifier";
 const MICROVM: &str = "microvmIdentifier";
 
-/// What goes into an image: a role to build with, and the connectors that are named.
-const BUILD: &[Pass] = &[Pass::Role("buildRoleArn"), Pass::Connectors { member: "egressNetworkConnectors", default: None }];
+/// What goes into an image: a role to build with, the connectors and the key that are named.
+const BUILD: &[Pass] = &[Pass::Role("buildRoleArn"), Pass::Connectors { member: "egressNetworkConnectors", default: None }, Pass::Key(KEY)];
 
 /// What goes into a MicroVM: the managed connectors that are there when none is named are passed as well.
 const RUN: &[Pass] = &[
     Pass::Role("executionRoleArn"),
     Pass::Connectors { member: "ingressNetworkConnectors", default: Some("HTTP_INGRESS") },
     Pass::Connectors { member: "egressNetworkConnectors", default: Some("INTERNET_EGRESS") },
+    Pass::Key(KEY),
 ];
 
 /// Every operation of the model. A test sees to it that none is forgotten, and an operation without a row is refused.
@@ -229,6 +237,11 @@ impl Decider<'_> {
                 }
                 Ok(())
             }
+            Pass::Key(member) => {
+                let Some(key) = input.get(member).and_then(Value::as_str) else { return Ok(()) };
+                let key = key_arn(caller, key);
+                KEY_ACTIONS.iter().try_for_each(|action| self.allow(action, &key, context)).map_err(ApiError::from)
+            }
         }
     }
 
@@ -264,6 +277,16 @@ impl Decider<'_> {
             context = context.with_all("aws:TagKeys", tags.keys().cloned());
         }
         context
+    }
+}
+
+/// The ARN that a key's ARN, an alias or a key's id stands for.
+pub(crate) fn key_arn(caller: &Caller, key: &str) -> String {
+    let Caller { account, region, .. } = caller;
+    match key {
+        arn if arn.starts_with("arn:") => arn.to_owned(),
+        alias if alias.starts_with("alias/") => format!("arn:aws:kms:{region}:{account}:{alias}"),
+        id => format!("arn:aws:kms:{region}:{account}:key/{id}"),
     }
 }
 

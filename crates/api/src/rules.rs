@@ -38,7 +38,18 @@ pub(crate) fn check_image(caller: &Caller, input: &SpecInput) -> Result<u32, Api
     }
     check_hooks(input)?;
     check_connectors(caller, &input.egress_network_connectors, Direction::Out)?;
+    check_key(input.kms_key_identifier.as_deref())?;
     memory(input)
+}
+
+/// There are no customer managed keys here. An encryption that is not done is never accepted.
+fn check_key(key: Option<&str>) -> Result<(), ApiError> {
+    match key {
+        None => Ok(()),
+        Some(key) => Err(ApiError::validation(format!(
+            "The KMS key {key} cannot be used: this server does not encrypt with customer managed keys. Leave out kmsKeyIdentifier."
+        ))),
+    }
 }
 
 fn memory(input: &SpecInput) -> Result<u32, ApiError> {
@@ -82,7 +93,8 @@ pub(crate) fn check_run(caller: &Caller, input: &RunInput) -> Result<(), ApiErro
         return Err(ApiError::validation("Only one egress network connector can be provided"));
     }
     check_connectors(caller, &input.ingress_network_connectors, Direction::In)?;
-    check_connectors(caller, &input.egress_network_connectors, Direction::Out)
+    check_connectors(caller, &input.egress_network_connectors, Direction::Out)?;
+    check_key(input.kms_key_identifier.as_deref())
 }
 
 /// The form `microvm-image/<name>` is what AWS refuses as another's resource.

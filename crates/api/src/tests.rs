@@ -397,7 +397,7 @@ async fn a_created_image_is_answered_with_all_its_members() {
             "additionalOsCapabilities": null, "baseImageArn": "arn:aws:lambda:us-east-1:aws:microvm-image:al2023-1", "baseImageVersion": "1.0",
             "buildPhaseOverrides": null, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://art/demo.zip"}, "cpuConfigurations": null,
             "createdAt": 1_793_500_000.123, "description": null, "egressNetworkConnectors": [INTERNET_EGRESS], "environmentVariables": null,
-            "hooks": hooks, "id": "3f0e", "imageArn": IMAGE, "imageVersion": "1.0", "latestActiveImageVersion": null,
+            "hooks": hooks, "id": "3f0e", "imageArn": IMAGE, "imageVersion": "1.0", "kmsKeyIdentifier": null, "latestActiveImageVersion": null,
             "latestFailedImageVersion": null, "logging": null, "name": "demo", "resources": [{"minimumMemoryInMiB": 2048}],
             "roleConfiguration": null, "state": "CREATING", "tags": null, "updatedAt": 1_793_500_000.123,
         })
@@ -465,7 +465,7 @@ async fn microvms_are_run_read_and_changed() {
     let detail = json!({
         "egressNetworkConnectors": [INTERNET_EGRESS], "endpoint": "6d0a.lambda-microvm.us-east-1.localhost", "executionRoleArn": null,
         "idlePolicy": {"autoResumeEnabled": true, "maxIdleDurationSeconds": 300, "suspendedDurationSeconds": 3600},
-        "imageArn": IMAGE, "imageVersion": "1.0", "ingressNetworkConnectors": [HTTP_INGRESS], "maximumDurationInSeconds": 28_800,
+        "imageArn": IMAGE, "imageVersion": "1.0", "ingressNetworkConnectors": [HTTP_INGRESS], "kmsKeyIdentifier": null, "maximumDurationInSeconds": 28_800,
         "microvmId": "microvm-0d2b", "startedAt": 1_793_500_000.123, "state": "PENDING", "stateReason": null, "terminatedAt": null,
         "terminationReasonCode": null,
     });
@@ -514,6 +514,8 @@ async fn requests_that_break_a_rule_are_refused_with_the_service_s_words() {
                   arn:aws:lambda:us-east-1:aws:microvm-image:al2023-1. Supported memory sizes in MiB are: [512, 1024, 2048, 4096, 8192].";
     let uri = "CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>";
     let unknown = "arn:aws:lambda:us-east-1:aws:network-connector:aws-network-connector:MOON_EGRESS";
+    let no_keys =
+        "The KMS key alias/mine cannot be used: this server does not encrypt with customer managed keys. Leave out kmsKeyIdentifier.";
     for (path, body, message) in [
         (images, create("codeArtifact", json!({"uri": "https://example.org/demo.zip"})), uri),
         (images, create("codeArtifact", json!({"uri": "s3://bucket"})), uri),
@@ -532,6 +534,8 @@ async fn requests_that_break_a_rule_are_refused_with_the_service_s_words() {
             "The hooks port must be specified when any hook is enabled.",
         ),
         (images, create("egressNetworkConnectors", json!(["internet"])), "Malformed network connector ARN"),
+        (images, create("kmsKeyIdentifier", json!("alias/mine")), no_keys),
+        ("/2025-09-09/microvms", run("kmsKeyIdentifier", json!("alias/mine")), no_keys),
         ("/2025-09-09/microvms", json!({"imageIdentifier": "demo"}), "Malformed ARN - doesn't start with 'arn:'"),
         ("/2025-09-09/microvms", run("logging", json!({"cloudWatch": {}})), "Logging cannot be enabled without providing executionRoleArn"),
         (

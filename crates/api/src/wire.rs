@@ -57,6 +57,7 @@ pub(crate) struct SpecInput {
     pub additional_os_capabilities: Option<Vec<String>>,
     pub hooks: Option<Value>,
     pub environment_variables: Option<BTreeMap<String, String>>,
+    pub kms_key_identifier: Option<String>,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -83,6 +84,7 @@ pub(crate) struct RunInput {
     #[serde(default)]
     pub egress_network_connectors: Vec<String>,
     pub logging: Option<Value>,
+    pub kms_key_identifier: Option<String>,
     pub run_hook_payload: Option<String>,
     pub client_token: Option<String>,
 }
@@ -197,6 +199,8 @@ pub(crate) struct Inputs {
     additional_os_capabilities: Option<Value>,
     hooks: Option<Value>,
     environment_variables: Option<BTreeMap<String, String>>,
+    /// Null: a request that names a key is refused.
+    kms_key_identifier: Option<String>,
     build_phase_overrides: Option<Value>,
     role_configuration: Option<Value>,
 }
@@ -216,6 +220,7 @@ impl From<ImageSpec> for Inputs {
             additional_os_capabilities: spec.echoed.remove("additionalOsCapabilities"),
             hooks: spec.echoed.remove("hooks"),
             environment_variables: spec.environment,
+            kms_key_identifier: None,
             build_phase_overrides: None,
             role_configuration: None,
         }
@@ -501,6 +506,8 @@ pub(crate) struct MicrovmDetail {
     image_arn: String,
     image_version: String,
     ingress_network_connectors: Vec<String>,
+    /// Null: a request that names a key is refused.
+    kms_key_identifier: Option<String>,
     maximum_duration_in_seconds: u32,
     microvm_id: String,
     started_at: Option<f64>,
@@ -524,6 +531,7 @@ impl From<Microvm> for MicrovmDetail {
             image_arn: microvm.image_arn,
             image_version: microvm.version,
             ingress_network_connectors: microvm.ingress_network_connectors,
+            kms_key_identifier: None,
             maximum_duration_in_seconds: microvm.maximum_duration_seconds,
             microvm_id: microvm.id,
             started_at: epoch(microvm.started_at),

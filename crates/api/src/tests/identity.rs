@@ -231,6 +231,38 @@ async fn roles_and_connectors_are_passed_with_leave_also_the_managed_ones() {
 }
 
 #[tokio::test]
+async fn run_and_create_with_a_key_need_leave_to_use_the_key() {
+    let world = World::new();
+    let everything = allow(json!(["lambda:*", "iam:PassRole"]), json!("*"));
+    let key = "arn:aws:kms:us-east-1:000000000000:alias/mine";
+    let generate = world.user(ACCOUNT, "generate", json!([everything, allow(json!("kms:GenerateDataKey"), json!("*"))]));
+    let other = world.user(ACCOUNT, "other", json!([everything, allow(json!("kms:*"), json!(key.replace("mine", "yours")))]));
+    let full = world.user(ACCOUNT, "full", json!([everything, allow(json!("kms:*"), json!(key))]));
+    for (path, body) in [
+        ("/2025-09-09/microvms", json!({"imageIdentifier": IMAGE, "kmsKeyIdentifier": "alias/mine"})),
+        ("/2025-09-09/microvm-images", create("kmsKeyIdentifier", json!(key))),
+    ] {
+        for (user, action) in [(&other, "kms:GenerateDataKey"), (&generate, "kms:Decrypt")] {
+            let answer = world.call(user, "POST", path, body.clone()).await;
+            let refused = denied(&answer).unwrap();
+            assert!(refused.contains(&format!("perform: {action} on resource: {key} because")), "{refused}");
+        }
+        let answer = world.call(&full, "POST", path, body).await;
+        assert!(answer.body["message"].as_str().is_some_and(|message| message.contains("cannot be used")), "{}", answer.body);
+    }
+}
+
+#[test]
+fn key_arn_every_form_names_one_key() {
+    let caller = Caller { account: ACCOUNT.to_owned(), region: "us-east-1".to_owned(), principal: USER.to_owned() };
+    let arn = |key| crate::authorize::key_arn(&caller, key);
+    assert_eq!(arn("alias/mine"), "arn:aws:kms:us-east-1:000000000000:alias/mine");
+    assert_eq!(arn("1234-abcd"), "arn:aws:kms:us-east-1:000000000000:key/1234-abcd");
+    let foreign = "arn:aws:kms:eu-west-1:111111111111:key/1234-abcd";
+    assert_eq!(arn(foreign), foreign);
+}
+
+#[tokio::test]
 async fn a_connector_is_the_same_by_name_id_version_and_arn() {
     let world = World::new();
     let deny = json!({"Effect": "Deny", "Action": "*", "Resource": CONNECTOR});
