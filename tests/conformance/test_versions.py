@@ -193,6 +193,57 @@ def test_builds_are_filtered(history, microvms, filter, found):
     assert len(microvms.list_microvm_image_builds(imageIdentifier=history.image.arn, imageVersion="2.0", **filter)["items"]) == found
 
 
+@pytest.mark.compat("build.architecture", "build.filters")
+def test_builds_for_another_architecture_are_found_by_it(server, microvms, things):
+    """SPEC 5.3, 6.1: scripts that ask for ARM_64 look for their builds by ARM_64, and wait until there is one and it has ended."""
+    name = things.name("foreign")
+    asked = [{"architecture": "ARM_64"}]
+    image = things.build(name, cpuConfigurations=asked)
+    assert image.created["cpuConfigurations"] == asked
+    version = {"imageIdentifier": image.arn, "imageVersion": "1.0"}
+    assert microvms.get_microvm_image_version(**version)["cpuConfigurations"] == asked
+    for found in ({"architecture": "ARM_64"}, {"chipset": "GRAVITON"}, {}):
+        (item,) = microvms.list_microvm_image_builds(**version, **found)["items"]
+        assert (item["buildState"], item["architecture"], item["chipset"]) == ("SUCCESSFUL", "ARM_64", "GRAVITON")
+        assert item["stateReason"] == "ARM_64 was asked for. Built for X86_64, the architecture of this host."
+    build = microvms.get_microvm_image_build(**version, buildId=item["buildId"])
+    assert {member: build[member] for member in item} == item
+    for other in ({"architecture": "X86_64"}, {"architecture": "ARM_64", "chipset": "INTEL"}):
+        assert microvms.list_microvm_image_builds(**version, **other)["items"] == []
+    first = server.hearth("logs", name).stdout.splitlines()[0]
+    assert "ARM_64 was asked for" in first and "built and run for X86_64" in first
+
+
+@pytest.mark.compat("build.architecture")
+def test_a_build_for_several_architectures_is_found_by_each(microvms, things):
+    image = things.broken(cpuConfigurations=[{"architecture": "ARM_64"}, {"architecture": "X86_64"}])
+    version = {"imageIdentifier": image.arn, "imageVersion": "1.0"}
+    (one,) = microvms.list_microvm_image_builds(**version)["items"]
+    assert one["architecture"] == "X86_64"
+    for architecture in ("ARM_64", "X86_64"):
+        (item,) = microvms.list_microvm_image_builds(**version, architecture=architecture)["items"]
+        assert (item["buildId"], item["architecture"], item["buildState"]) == (one["buildId"], architecture, "FAILED")
+
+
+@pytest.mark.compat("build.architecture-strict")
+def test_a_strict_server_refuses_other_architectures(things):
+    said = (
+        f"The requested CPU architecture ARM_64 is not supported by base MicroVM image {support.BASE_IMAGE_ARN}."
+        ' Supported CPU architectures are: [X86_64]. This server\'s setting architectures is "strict".'
+    )
+    spec = things.spec("s3://no-such-bucket/nothing.zip")
+    with support.serving('architectures = "strict"\n') as strict:
+        for asked in (["ARM_64"], ["X86_64", "ARM_64"]):
+            options = {"cpuConfigurations": [{"architecture": architecture} for architecture in asked]}
+            assert error_of(strict.microvms.create_microvm_image, name="other", **spec, **options) == ("ValidationException", said, 400)
+        own = strict.microvms.create_microvm_image(name="own", **spec, cpuConfigurations=[{"architecture": "X86_64"}])
+        support.wait_image(strict, own["imageArn"], "CREATE_FAILED")
+        refused = error_of(strict.microvms.update_microvm_image, imageIdentifier=own["imageArn"], **spec, **options)
+        assert refused == ("ValidationException", said, 400)
+        (version, _) = strict.microvms.list_managed_microvm_image_versions(imageIdentifier=support.BASE_IMAGE_ARN)["items"]
+        assert version["supportedCpuConfigurations"] == [{"architecture": "X86_64"}]
+
+
 @pytest.mark.compat("build.get")
 def test_a_build_has_the_sizes_of_its_snapshot(history, raw, microvms):
     """SPEC 5.3: measured from the files, and absent when the container build failed."""

@@ -16,10 +16,9 @@ use crate::{
     error::ApiError,
     rules,
     wire::{
-        ARCHITECTURE, AuthTokenInput, BuildDetail, BuildInput, BuildItem, CHIPSET, CHIPSET_GENERATION, CreateImageInput, CreatedImage,
-        DeletedImage, DeletedVersion, ImageInput, ImageItem, ImageSummary, ItemList, ListInput, ManagedImageItem, ManagedVersionItem,
-        MicrovmDetail, MicrovmInput, MicrovmItem, RunInput, ShellTokenInput, SpecInput, TagsInput, UpdateImageInput, UpdatedImage, Version,
-        VersionInput, VersionStatusInput,
+        AuthTokenInput, BuildDetail, BuildInput, BuildItem, CreateImageInput, CreatedImage, DeletedImage, DeletedVersion, ImageInput,
+        ImageItem, ImageSummary, ItemList, ListInput, ManagedImageItem, ManagedVersionItem, MicrovmDetail, MicrovmInput, MicrovmItem,
+        RunInput, ShellTokenInput, SpecInput, TagsInput, UpdateImageInput, UpdatedImage, Version, VersionInput, VersionStatusInput,
     },
 };
 
@@ -146,12 +145,9 @@ async fn list_builds(plane: &dyn ControlPlane, caller: &Caller, input: Value) ->
     let of: VersionInput = read(input.clone())?;
     rules::check_image_identifier(caller, &of.image_identifier)?;
     let input: ListInput = read(input)?;
-    let mut builds = plane.list_builds(caller, &of.image_identifier, &of.image_version, page(&input)).await?;
-    let fits = |asked: &Option<String>, ours: &str| asked.as_ref().is_none_or(|asked| asked == ours);
-    if !(fits(&input.architecture, ARCHITECTURE) && fits(&input.chipset, CHIPSET) && fits(&input.chipset_generation, CHIPSET_GENERATION)) {
-        builds.items.clear();
-    }
-    write_page::<_, BuildItem>(builds)
+    let builds = plane.list_builds(caller, &of.image_identifier, &of.image_version, page(&input)).await?;
+    let items = builds.items.into_iter().filter_map(|build| BuildItem::matching(build, &input)).collect();
+    write(ItemList { items, next_token: builds.next })
 }
 
 async fn run_microvm(plane: &dyn ControlPlane, caller: &Caller, input: RunInput) -> Result<Value, ApiError> {

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use hearth_control::{
-    ControlError,
+    Architecture, ControlError,
     logs::{LogStore, Retention},
     plane::ControlPlane,
     types::{
@@ -128,6 +128,7 @@ fn build(sizes: BuildSizes) -> Build {
         version: "1.0".to_owned(),
         state: BuildState::Successful,
         state_reason: None,
+        architectures: vec![Architecture::HOST],
         created_at: when(),
         sizes,
     }
@@ -234,7 +235,10 @@ impl ControlPlane for Fake {
 
     async fn list_managed_image_versions(&self, _: &Caller, id: &str, _: PageRequest) -> Result<Page<ManagedImageVersion>, ControlError> {
         self.note(format!("list_managed_image_versions {id}"))?;
-        Ok(Page { items: vec![ManagedImageVersion { image: managed(), version: "1".to_owned() }], next: None })
+        Ok(Page {
+            items: vec![ManagedImageVersion { image: managed(), version: "1".to_owned(), architectures: vec![Architecture::HOST] }],
+            next: None,
+        })
     }
 
     async fn tag_resource(&self, _: &Caller, arn: &str, tags: BTreeMap<String, String>) -> Result<(), ControlError> {

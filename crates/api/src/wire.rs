@@ -7,17 +7,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::{OffsetDateTime, macros::format_description};
 
-use hearth_control::types::{
-    Build, BuildState, Image, ImageSpec, ImageState, ImageVersion, ManagedImage, ManagedImageVersion, Microvm, MicrovmState, VersionState,
-    VersionStatus,
+use hearth_control::{
+    Architecture,
+    types::{
+        Build, BuildState, Image, ImageSpec, ImageState, ImageVersion, ManagedImage, ManagedImageVersion, Microvm, MicrovmState,
+        VersionState, VersionStatus,
+    },
 };
 
-/// What the build targets: the host's own architecture, since guests run on it.
-pub(crate) const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") { "ARM_64" } else { "X86_64" };
-/// Chipset that goes with [`ARCHITECTURE`].
-pub(crate) const CHIPSET: &str = if cfg!(target_arch = "aarch64") { "GRAVITON" } else { "INTEL" };
 /// There is one build per version here, so there is one generation.
-pub(crate) const CHIPSET_GENERATION: &str = "1";
+const CHIPSET_GENERATION: &str = "1";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -356,12 +355,12 @@ pub(crate) struct ManagedVersionItem {
     image: ManagedImageItem,
     image_version: String,
     status: &'static str,
-    supported_cpu_configurations: [CpuConfiguration; 1],
+    supported_cpu_configurations: Vec<CpuConfiguration>,
 }
 
 #[derive(Serialize)]
 struct CpuConfiguration {
-    architecture: &'static str,
+    architecture: Architecture,
 }
 
 impl From<ManagedImageVersion> for ManagedVersionItem {
@@ -370,7 +369,7 @@ impl From<ManagedImageVersion> for ManagedVersionItem {
             image: version.image.into(),
             image_version: version.version,
             status: "AVAILABLE",
-            supported_cpu_configurations: [CpuConfiguration { architecture: ARCHITECTURE }],
+            supported_cpu_configurations: version.architectures.into_iter().map(|architecture| CpuConfiguration { architecture }).collect(),
         }
     }
 }
@@ -427,7 +426,7 @@ fn time_bucket(state: VersionState, at: SystemTime) -> String {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct BuildItem {
-    architecture: &'static str,
+    architecture: Architecture,
     build_id: String,
     build_state: BuildState,
     chipset: &'static str,
@@ -439,13 +438,28 @@ pub(crate) struct BuildItem {
     termination_reason_code: Option<String>,
 }
 
-impl From<Build> for BuildItem {
-    fn from(build: Build) -> Self {
+impl BuildItem {
+    /// A build as one of its targets has it, if that is what is looked for. One build is for every architecture that was asked for; a filter
+    /// shows it as the one that it names.
+    pub fn matching(build: Build, filter: &ListInput) -> Option<Self> {
+        let fits = |wanted: &Option<String>, ours: &str| wanted.as_ref().is_none_or(|wanted| wanted == ours);
+        let target = build.architectures.iter().copied().find(|target| {
+            fits(&filter.architecture, target.name())
+                && fits(&filter.chipset, target.chipset())
+                && fits(&filter.chipset_generation, CHIPSET_GENERATION)
+        })?;
+        Some(Self::of(build, target))
+    }
+
+    fn of(mut build: Build, target: Architecture) -> Self {
+        if target != Architecture::HOST && build.state_reason.is_none() {
+            build.state_reason = Some(format!("{target} was asked for. Built for {}, the architecture of this host.", Architecture::HOST));
+        }
         Self {
-            architecture: ARCHITECTURE,
+            architecture: target,
             build_id: build.id,
             build_state: build.state,
-            chipset: CHIPSET,
+            chipset: target.chipset(),
             chipset_generation: CHIPSET_GENERATION,
             created_at: epoch(build.created_at),
             image_arn: build.image_arn,
@@ -492,7 +506,8 @@ impl From<Build> for BuildDetail {
             disk_snapshot_size_in_bytes: build.sizes.disk_snapshot,
             memory_snapshot_size_in_bytes: build.sizes.memory_snapshot,
         };
-        Self { build: build.into(), snapshot_build }
+        let target = build.architectures.first().copied().unwrap_or(Architecture::HOST);
+        Self { build: BuildItem::of(build, target), snapshot_build }
     }
 }
 
@@ -585,6 +600,8 @@ fn epoch(at: SystemTime) -> Option<f64> {
 mod tests {
     use std::time::Duration;
 
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -592,6 +609,49 @@ mod tests {
         let at = |ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms) + Duration::from_nanos(999);
         assert_eq!(serde_json::to_string(&epoch(at(1_781_833_144_754))).unwrap(), "1781833144.754");
         assert_eq!(serde_json::to_string(&epoch(at(1_793_500_200_000))).unwrap(), "1793500200.0");
+    }
+
+    const OTHER: Architecture = if cfg!(target_arch = "aarch64") { Architecture::X86_64 } else { Architecture::Arm64 };
+
+    fn found(asked: &[Architecture], filter: Value) -> Option<Value> {
+        let build = Build {
+            id: "b1".to_owned(),
+            image_arn: "arn".to_owned(),
+            version: "1.0".to_owned(),
+            state: BuildState::Successful,
+            state_reason: None,
+            architectures: asked.to_vec(),
+            created_at: SystemTime::UNIX_EPOCH,
+            sizes: hearth_control::types::BuildSizes::default(),
+        };
+        BuildItem::matching(build, &serde_json::from_value(filter).unwrap()).map(|item| serde_json::to_value(item).unwrap())
+    }
+
+    #[test]
+    fn list_builds_of_another_architecture_are_found_by_what_was_asked_for() {
+        let (host, other) = (Architecture::HOST.name(), OTHER.name());
+        for filter in [json!({}), json!({"architecture": other}), json!({"chipset": OTHER.chipset(), "chipsetGeneration": "1"})] {
+            let item = found(&[OTHER], filter).unwrap();
+            assert_eq!((&item["architecture"], &item["chipset"]), (&json!(other), &json!(OTHER.chipset())));
+            assert_eq!(item["stateReason"], format!("{other} was asked for. Built for {host}, the architecture of this host."));
+        }
+        for filter in [
+            json!({"architecture": host}),
+            json!({"architecture": other, "chipset": Architecture::HOST.chipset()}),
+            json!({"chipsetGeneration": "4"}),
+        ] {
+            assert_eq!(found(&[OTHER], filter), None);
+        }
+    }
+
+    #[test]
+    fn list_builds_of_several_architectures_are_shown_as_the_one_that_is_looked_for() {
+        let asked = [Architecture::HOST, OTHER];
+        assert_eq!(found(&asked, json!({})).unwrap()["architecture"], Architecture::HOST.name());
+        for target in asked {
+            let item = found(&asked, json!({"architecture": target})).unwrap();
+            assert_eq!((&item["architecture"], item["stateReason"].is_null()), (&json!(target), target == Architecture::HOST));
+        }
     }
 
     #[test]

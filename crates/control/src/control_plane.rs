@@ -103,7 +103,7 @@ impl ControlPlane for Control {
         let (image, version) = self.inner.find_version(caller, image, version).await?;
         let row = self.inner.store.build(&image.id, version.number, build).await?;
         let unknown = || ControlError::ImageNotFound(format!("{}, Build: {build}", arn_of(&image)));
-        Ok(records::build(&image, row.ok_or_else(unknown)?)?)
+        Ok(records::build(&image, &version, row.ok_or_else(unknown)?)?)
     }
 
     async fn list_builds(&self, caller: &Caller, image: &str, version: &str, page: PageRequest) -> Result<Page<Build>, ControlError> {
@@ -112,7 +112,7 @@ impl ControlPlane for Control {
         let list = ["builds", &image.id, &number];
         let keys = self.inner.keys(&list, &page, PAGE)?;
         let rows = self.inner.store.list_builds(&image.id, version.number, keys).await?;
-        self.inner.page(&list, keys, rows, |row| row.seq, |row| records::build(&image, row))
+        self.inner.page(&list, keys, rows, |row| row.seq, |row| records::build(&image, &version, row))
     }
 
     async fn list_managed_images(&self, caller: &Caller, page: PageRequest) -> Result<Page<ManagedImage>, ControlError> {
@@ -251,7 +251,7 @@ impl Control {
 impl Inner {
     async fn create_image(&self, caller: &Caller, request: CreateImage) -> Result<(Image, ImageVersion), ControlError> {
         let CreateImage { name, mut spec, tags, client_token } = request;
-        check_spec(caller, self.images.sizes, &spec)?;
+        self.check_spec(caller, &spec)?;
         let fingerprint = fingerprint(&serde_json::json!([name, spec, tags]));
         spec.egress_network_connectors = self.image_egress(caller, spec.egress_network_connectors).await?;
         let (id, build_id) = (Uuid::new_v4().to_string(), Uuid::new_v4().to_string());
@@ -276,6 +276,12 @@ impl Inner {
                 "The maximum number of MicroVM images ({limit}) has been reached for this account."
             ))),
         }
+    }
+
+    /// Refuses what cannot be built here.
+    pub fn check_spec(&self, caller: &Caller, spec: &ImageSpec) -> Result<(), ControlError> {
+        check_spec(caller, self.images.sizes, spec)?;
+        self.settings.architectures.refusal(spec).map_or(Ok(()), |refusal| Err(ControlError::Invalid(refusal)))
     }
 
     /// Egress connectors of an image: the ones asked for, or the default.
@@ -525,7 +531,7 @@ fn own_arn(caller: &Caller, text: &str) -> Result<ImageArn, ControlError> {
 }
 
 /// What only the domain knows about an image's specification; the API checks the rest.
-pub(crate) fn check_spec(caller: &Caller, sizes: Sizes, spec: &ImageSpec) -> Result<(), ControlError> {
+fn check_spec(caller: &Caller, sizes: Sizes, spec: &ImageSpec) -> Result<(), ControlError> {
     let base = &spec.base_image_arn;
     if !base.starts_with("arn:") {
         return Err(ControlError::Invalid(format!("Invalid ARN format: {base}")));

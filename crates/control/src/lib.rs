@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod architecture;
 pub mod arn;
 mod capacity;
 mod connectors;
@@ -34,6 +35,7 @@ pub mod token;
 pub mod types;
 mod versions;
 
+pub use architecture::{Architecture, Architectures};
 pub use control::{Control, Deps, StartError};
 pub use error::ControlError;
 pub use settings::{ActivitySettings, CapacitySettings, GuestSettings, GuestSize, Settings};

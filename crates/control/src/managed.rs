@@ -33,7 +33,11 @@ impl Inner {
         if !MANAGED_IMAGES.iter().any(|name| managed_image(&caller.region, name) == arn) {
             return Err(ControlError::ImageNotFound(arn.to_owned()));
         }
-        let versions = VERSIONS.iter().map(|version| ManagedImageVersion { image: image(arn.to_owned()), version: (*version).to_owned() });
+        let versions = VERSIONS.iter().map(|version| ManagedImageVersion {
+            image: image(arn.to_owned()),
+            version: (*version).to_owned(),
+            architectures: self.settings.architectures.offered(),
+        });
         self.fixed_page(&["managed-versions", arn], versions.collect(), page)
     }
 

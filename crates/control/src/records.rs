@@ -142,13 +142,14 @@ pub(crate) fn version(image: &ImageRow, row: VersionRow) -> Result<ImageVersion,
     })
 }
 
-pub(crate) fn build(image: &ImageRow, row: BuildRow) -> Result<Build, Unreadable> {
+pub(crate) fn build(image: &ImageRow, version: &VersionRow, row: BuildRow) -> Result<Build, Unreadable> {
     let size = |bytes: Option<i64>| bytes.and_then(|bytes| u64::try_from(bytes).ok());
     Ok(Build {
         image_arn: image_arn(&image.account, &image.region, &image.name),
         version: version_name(row.number),
         state: state("state", &row.id, &row.state)?,
         state_reason: row.state_reason,
+        architectures: parse::<ImageSpec>("spec", &version.image_id, &version.spec)?.architectures(),
         created_at: time(row.created_ms),
         sizes: BuildSizes {
             code_install: size(row.bytes.code_install),

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration}
 
 use hearth_machine::network::EgressPolicy;
 
-use crate::{capacity::HostMemory, images::Sizes, quota::Quotas};
+use crate::{architecture::Architectures, capacity::HostMemory, images::Sizes, quota::Quotas};
 
 /// Settings of [`crate::Control`].
 #[derive(Debug, Clone)]
@@ -31,6 +31,8 @@ pub struct Settings {
     pub capacity: CapacitySettings,
     /// What guests see of the size that their image asks for. Applies to builds: a snapshot keeps what it was built with.
     pub guest_size: GuestSize,
+    /// What becomes of images that ask for another architecture than the host's.
+    pub architectures: Architectures,
     /// Largest code artifact, in bytes.
     pub max_artifact_bytes: u64,
     /// What keeps a MicroVM awake, beside bytes that cross its endpoint.
@@ -126,6 +128,7 @@ impl Settings {
             shutdown_timeout: Duration::from_secs(60),
             capacity: CapacitySettings::default(),
             guest_size: GuestSize::Baseline,
+            architectures: Architectures::Host,
             max_artifact_bytes: 1 << 30,
             activity: ActivitySettings::default(),
             quotas: Quotas::default(),

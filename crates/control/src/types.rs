@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::architecture::Architecture;
+
 /// Who calls, and where: an account sees only its own resources, in one region.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
@@ -162,6 +164,8 @@ pub struct Build {
     pub version: String,
     pub state: BuildState,
     pub state_reason: Option<String>,
+    /// What the version's specification asks for, the host's own first.
+    pub architectures: Vec<Architecture>,
     pub created_at: SystemTime,
     /// Sizes, as far as the build got.
     pub sizes: BuildSizes,
@@ -193,6 +197,8 @@ pub struct ManagedImageVersion {
     pub image: ManagedImage,
     /// A major number: `"1"`.
     pub version: String,
+    /// What images of it may ask for, the host's own first.
+    pub architectures: Vec<Architecture>,
 }
 
 /// State of a network connector. There is nothing to provision here, so that a connector is never seen `PENDING` or `DELETING` after the

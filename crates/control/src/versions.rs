@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{
     control::Inner,
-    control_plane::{arn_of, check_spec, fingerprint},
+    control_plane::{arn_of, fingerprint},
     error::ControlError,
     images::{Handle, Update},
     records::{self, version_name},
@@ -19,7 +19,7 @@ impl Inner {
     pub async fn update_image(&self, caller: &Caller, image: &str, request: UpdateImage) -> Result<(Image, ImageVersion), ControlError> {
         let UpdateImage { mut spec, client_token } = request;
         let row = self.find_image(caller, image).await?;
-        check_spec(caller, self.images.sizes, &spec)?;
+        self.check_spec(caller, &spec)?;
         let fingerprint = fingerprint(&serde_json::json!([row.id, spec]));
         spec.egress_network_connectors = self.image_egress(caller, spec.egress_network_connectors).await?;
         let token = client_token.map(|token| (token, fingerprint));

@@ -39,7 +39,7 @@ use serde::{Deserialize, Deserializer, de};
 pub use builds::{BuildCacheConfig, RegistriesConfig};
 pub use endpoints::EndpointsConfig;
 pub use guests::{AwsConfig, ExtensionsConfig, RolesConfig};
-pub use machines::{ActivityConfig, CapacityConfig, GuestSize};
+pub use machines::{ActivityConfig, Architectures, CapacityConfig, GuestSize};
 pub use quotas::{ConnectorConfig, QuotasConfig};
 pub use tls::TlsConfig;
 
@@ -96,6 +96,9 @@ pub struct ServeConfig {
     /// What guests see of the size that their image asks for: `baseline`, that size, or `peak`, four times its memory and AWS's processors for
     /// it, as far as the host has them. Applies to images that are built from then on. `baseline`.
     pub guest_size: GuestSize,
+    /// What becomes of an image that asks for another architecture than the host's: with `host` it is built for the host's, and its log says
+    /// so; with `strict` it is refused. `host`.
+    pub architectures: Architectures,
     /// How much of the host's memory MicroVMs may have.
     pub capacity: CapacityConfig,
     /// What keeps MicroVMs awake, beside bytes that cross their endpoints.
@@ -307,6 +310,7 @@ impl Default for ServeConfig {
             stop_grace_seconds: 2,
             terminated_retention_seconds: 86_400,
             guest_size: GuestSize::Baseline,
+            architectures: Architectures::Host,
             capacity: CapacityConfig::default(),
             activity: ActivityConfig::default(),
             quotas: QuotasConfig::default(),

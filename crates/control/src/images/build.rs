@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use crate::{
+    architecture::notice,
     arn::{ImageArn, endpoint_name},
     error::ControlError,
     hooks::{Hook, Hooks, iso_8601},
@@ -117,6 +118,9 @@ impl Pipeline {
         let made = tokio::fs::create_dir_all(work).await;
         if let Err(error) = made {
             return Err(self.io_failed("creating a scratch directory", &error).await);
+        }
+        for line in self.job.spec.foreign_architecture().into_iter().flat_map(notice) {
+            self.say(line).await;
         }
         let archive = work.join("artifact.zip");
         tokio::select! {

@@ -6,11 +6,11 @@ use futures::StreamExt;
 use hearth_machine::MachineEvent;
 
 use crate::{
-    CapacitySettings, ControlError, GuestSize,
+    Architecture, Architectures, CapacitySettings, ControlError, GuestSize,
     logs::{LogGroup, build_streams},
     plane::ControlPlane,
     testing::{Frozen, World, caller, create, exited, image_arn, log_line, run, spec, within},
-    types::{BuildState, CreateImage, ImageState, MicrovmState, PageRequest, VersionState, VersionStatus},
+    types::{BuildState, CreateImage, ImageState, MicrovmState, PageRequest, UpdateImage, VersionState, VersionStatus},
 };
 
 async fn build_log(world: &World, name: &str) -> Vec<String> {
@@ -92,6 +92,39 @@ async fn artifacts_that_cannot_be_had() {
         CreateImage { spec: crate::types::ImageSpec { code_artifact_uri: "app.zip".to_owned(), ..spec("x") }, ..create("nowhere") };
     let error = world.control.create_image(&caller(), nowhere).await.unwrap_err();
     assert_eq!(error.to_string(), "CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>");
+}
+
+#[tokio::test]
+async fn create_image_of_another_architecture_is_built_for_the_host_and_says_so() {
+    let world = World::new().await;
+    let other = if Architecture::HOST == Architecture::Arm64 { Architecture::X86_64 } else { Architecture::Arm64 };
+    let asking = |name: &str, architectures: &[Architecture]| {
+        let configurations: Vec<_> = architectures.iter().map(|name| serde_json::json!({"architecture": name})).collect();
+        let mut request = create(name);
+        request.spec.echoed.insert("cpuConfigurations".to_owned(), configurations.into());
+        request
+    };
+    for (name, asked, told) in
+        [("other", &[other][..], true), ("both", &[Architecture::HOST, other], true), ("host", &[Architecture::HOST], false)]
+    {
+        world.control.create_image(&caller(), asking(name, asked)).await.unwrap();
+        assert_eq!(world.settled(name).await.state, ImageState::Created);
+        let builds = world.control.list_builds(&caller(), &image_arn(name), "1.0", PageRequest::default()).await.unwrap();
+        assert_eq!(builds.items[0].architectures, asked);
+        let log = build_log(&world, name).await;
+        let notice = format!("{other} was asked for, and this host's processor is {}", Architecture::HOST);
+        assert_eq!(log[0].starts_with(&notice), told, "{log:?}");
+        let version = world.control.get_image_version(&caller(), &image_arn(name), "1.0").await.unwrap();
+        assert_eq!(version.spec.architectures(), asked, "it comes back as it was sent");
+    }
+
+    let world = World::with(|settings| settings.architectures = Architectures::Strict).await;
+    let refused = world.control.create_image(&caller(), asking("other", &[other])).await.unwrap_err();
+    assert!(matches!(&refused, ControlError::Invalid(text) if text.contains("is not supported by base MicroVM image")), "{refused}");
+    world.build("demo").await;
+    let update = UpdateImage { spec: asking("demo", &[other]).spec, client_token: None };
+    let refused = world.control.update_image(&caller(), &image_arn("demo"), update).await;
+    assert!(matches!(refused, Err(ControlError::Invalid(_))));
 }
 
 #[tokio::test]

@@ -34,6 +34,14 @@ pub enum GuestSize {
     Peak,
 }
 
+/// What becomes of images that ask for another architecture than the host's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Architectures {
+    Host,
+    Strict,
+}
+
 /// What keeps a MicroVM awake, beside bytes that cross its endpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -64,6 +72,15 @@ impl From<GuestSize> for hearth_control::GuestSize {
         match size {
             GuestSize::Baseline => Self::Baseline,
             GuestSize::Peak => Self::Peak,
+        }
+    }
+}
+
+impl From<Architectures> for hearth_control::Architectures {
+    fn from(architectures: Architectures) -> Self {
+        match architectures {
+            Architectures::Host => Self::Host,
+            Architectures::Strict => Self::Strict,
         }
     }
 }

@@ -349,6 +349,7 @@ fn settings(config: &ServeConfig, dir: &DataDir) -> Settings {
         terminated_retention: config.terminated_retention(),
         capacity: config.capacity.into(),
         guest_size: config.guest_size.into(),
+        architectures: config.architectures.into(),
         activity: config.activity.into(),
         quotas: config.quotas.into(),
         connectors: config.egress_policies(),

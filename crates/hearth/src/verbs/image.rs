@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context, bail};
 use axum::body::Body;
 use clap::Args;
+use hearth_control::Architecture;
 use http::Method;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
@@ -40,6 +41,10 @@ pub struct BuildArgs {
     /// Memory in MiB: 512, 1024, 2048, 4096 or 8192.
     #[arg(long, value_name = "MIB", default_value_t = 2048)]
     memory: u32,
+    /// Platform to ask for, or several with commas between them: linux/amd64 or linux/arm64. A host builds for its own alone: its log says so,
+    /// or it refuses another, as its setting `architectures` has it [default: the host's].
+    #[arg(long, value_name = "PLATFORM", value_delimiter = ',', value_parser = architecture)]
+    platform: Vec<Architecture>,
     /// Environment variable of the app, baked into the image.
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     env: Vec<(String, String)>,
@@ -109,6 +114,7 @@ pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> 
     let stored: Stored = client.upload(&format!("/hearth/v1/artifacts/{}", names::escape(&name)), body).await?;
 
     let environment: BTreeMap<String, String> = args.env.into_iter().collect();
+    let configurations: Vec<Value> = args.platform.iter().map(|architecture| json!({"architecture": architecture})).collect();
     let mut request = json!({
         "name": name,
         "baseImageArn": format!("arn:aws:lambda:{}:aws:microvm-image:al2023-1", connect.region),
@@ -116,6 +122,7 @@ pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> 
         "codeArtifact": {"uri": stored.uri},
         "resources": [{"minimumMemoryInMiB": args.memory}],
         "environmentVariables": environment,
+        "cpuConfigurations": if configurations.is_empty() { Value::Null } else { configurations.into() },
     });
     let path = format!("/2025-09-09/microvm-images/{}", names::escape(&names::image_arn(&connect, &name)));
     let (method, path) = match client.call::<Value>(Method::GET, &path, None).await {
@@ -242,6 +249,15 @@ fn pack(dir: &Path) -> anyhow::Result<File> {
     Ok(file)
 }
 
+/// The architecture of a platform as Docker writes it.
+fn architecture(platform: &str) -> Result<Architecture, String> {
+    match platform.strip_prefix("linux/").unwrap_or(platform) {
+        "amd64" | "amd64/v1" | "x86_64" => Ok(Architecture::X86_64),
+        "arm64" | "arm64/v8" | "aarch64" => Ok(Architecture::Arm64),
+        _ => Err("MicroVMs are linux/amd64 or linux/arm64".to_owned()),
+    }
+}
+
 fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -279,6 +295,18 @@ mod tests {
         assert_eq!(names, ["Dockerfile", "bin/", "bin/run", "start"]);
         assert_eq!(archive.by_name("bin/run").unwrap().unix_mode().unwrap() & 0o777, 0o755);
         assert!(archive.by_name("start").unwrap().is_symlink());
+    }
+
+    #[test]
+    fn architecture_platforms_have_the_names_that_docker_takes() {
+        for (platform, expected) in
+            [("linux/arm64", Architecture::Arm64), ("linux/arm64/v8", Architecture::Arm64), ("amd64", Architecture::X86_64)]
+        {
+            assert_eq!(architecture(platform), Ok(expected));
+        }
+        for platform in ["linux/arm/v7", "windows/amd64", "linux", ""] {
+            assert!(architecture(platform).is_err(), "{platform}");
+        }
     }
 
     #[test]
