@@ -234,9 +234,6 @@ class Test8TheImageIsDeleted:
         uri = support.upload(server, "flask-hello.zip", support.zip_directory(FLASK_HELLO))
         arn = support.create_image(server, "to-be-deleted", uri)["imageArn"]
         client = server.microvms
-        code, message, status = error_of(client.delete_microvm_image, imageIdentifier=arn)
-        assert (code, status) == ("ValidationException", 400)
-        assert message.startswith("Cannot delete MicroVM image in its current state:")
         support.wait_image(server, arn, "CREATED")
 
         before = set((server.data_dir / "images").iterdir())

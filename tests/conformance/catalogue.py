@@ -36,7 +36,6 @@ CATALOGUE = {
     "bare-name": Refusal(400, VALIDATION, "Invalid ARN format: {arn}"),
     "bare-name-run": Refusal(400, VALIDATION, "Malformed ARN - doesn't start with 'arn:'"),
     "name-taken": Refusal(400, VALIDATION, "A MicroVM image with the name '{name}' already exists in this account"),
-    "delete-busy-image": Refusal(400, VALIDATION, "Cannot delete MicroVM image in its current state: {state}"),
     "delete-image-in-use": Refusal(400, VALIDATION, "Cannot delete microvm image with running microvms."),
     "image-busy": Refusal(409, "ConflictException", "MicroVM Image is already in state: UPDATING"),
     "delete-only-version": Refusal(400, VALIDATION, "{unrecorded}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import secrets
 import uuid
 
 import pytest
@@ -133,6 +134,56 @@ def test_delete_answers_deleting_and_then_the_image_is_not_found(raw, microvms, 
 
     support.eventually(gone, "the image to be gone")
     assert image.arn not in [item["imageArn"] for item in microvms.list_microvm_images(nameFilter=image.created["name"])["items"]]
+
+
+@pytest.mark.compat("image.delete-building")
+@pytest.mark.parametrize("state", ["CREATING", "UPDATING"])
+def test_delete_stops_a_build_that_runs(server, microvms, things, state):
+    """Its processes and files are gone with the image, the next build has its turn, and the name is free."""
+    # Names the process among those of other servers.
+    command = f"sleep {secrets.randbelow(10**8) + 10**8}"
+    dockerfile = f"FROM {support.BASE_IMAGE}\nRUN {command}\n"
+    spec = things.spec(support.upload(server, "sleeper.zip", support.zip_of({"Dockerfile": dockerfile})))
+    name = things.name("stopped")
+    if state == "UPDATING":
+        arn = things.broken(name).arn
+        microvms.update_microvm_image(imageIdentifier=arn, **spec)
+    else:
+        arn = microvms.create_microvm_image(name=name, **spec)["imageArn"]
+
+    def runs():
+        return [line for _, line in support.command_lines() if command in line]
+
+    support.eventually(runs, "the Dockerfile to run", 60)
+    waiting = microvms.create_microvm_image(name=things.name("waiting"), **things.spec("s3://no-such-bucket/nothing.zip"))
+    assert microvms.get_microvm_image(imageIdentifier=arn)["state"] == state
+    assert microvms.delete_microvm_image(imageIdentifier=arn)["state"] == "DELETING"
+    support.eventually(lambda: error_of_get(microvms, arn), "the image to be gone", 30)
+    assert not runs()
+    support.wait_image(server, waiting["imageArn"], "CREATE_FAILED", 30)
+    assert not list((server.data_dir / "tmp").glob("build-*"))
+    assert things.broken(name).arn == arn
+
+
+@pytest.mark.compat("image.delete-building")
+def test_delete_ends_the_machine_of_a_build(server, microvms, things):
+    """The app never gets ready, and nobody has to wait until its time is over."""
+    dockerfile = f'FROM {support.BASE_IMAGE}\nCMD ["sleep", "infinity"]\n'
+    uri = support.upload(server, "never-ready.zip", support.zip_of({"Dockerfile": dockerfile}))
+    hooks = {"port": 9000, "microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 3600}}
+    name = things.name("never-ready")
+    arn = microvms.create_microvm_image(name=name, **things.spec(uri), hooks=hooks)["imageArn"]
+    build = support.build_of(server, arn)["buildId"]
+
+    def machines():
+        return [line for line in support.processes_of(server.data_dir) if build in line and "qemu" in line]
+
+    support.eventually(lambda: "cannot be called yet" in server.hearth("logs", name).stdout, "the app to be asked", 120)
+    assert machines()
+    removed = server.hearth("image", "rm", name)
+    assert (removed.returncode, removed.stdout) == (0, f"{name} is gone\n"), removed.stderr
+    assert not machines() and not list((server.data_dir / "tmp").glob("*"))
+    assert not list((server.data_dir / "images").glob(f"*/*{build}*"))
 
 
 @pytest.mark.compat("image.name-free-again")

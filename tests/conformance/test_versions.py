@@ -45,7 +45,6 @@ def history(server, microvms, raw, things):
     refused = {
         "patch": error_of(microvms.update_microvm_image_version, imageIdentifier=image.arn, imageVersion="1.0", status="INACTIVE"),
         "delete version": error_of(microvms.delete_microvm_image_version, imageIdentifier=image.arn, imageVersion="1.0"),
-        "delete": error_of(microvms.delete_microvm_image, imageIdentifier=image.arn),
     }
     while_updating = microvms.get_microvm_image(imageIdentifier=image.arn)
     support.wait_image(server, image.arn, "UPDATED")
@@ -86,12 +85,6 @@ def test_the_old_version_stays_active_until_the_new_one_is(history):
 def test_an_image_that_updates_is_busy(history, call):
     """SPEC 3.3."""
     catalogue.check("image-busy", history.refused[call])
-
-
-@pytest.mark.compat("message.delete-busy-image")
-def test_an_image_that_updates_is_not_deleted(history):
-    """SPEC 3.3."""
-    catalogue.check("delete-busy-image", history.refused["delete"], state="UPDATING")
 
 
 @pytest.mark.compat("version.failed-update")

@@ -165,11 +165,9 @@ impl From<ControlError> for ApiError {
     fn from(error: ControlError) -> Self {
         let message = error.to_string();
         match error {
-            ControlError::Invalid(_)
-            | ControlError::NameTaken(_)
-            | ControlError::ImageInUse
-            | ControlError::ImageBusy(_)
-            | ControlError::Terminated(_) => Self::validation(message),
+            ControlError::Invalid(_) | ControlError::NameTaken(_) | ControlError::ImageInUse | ControlError::Terminated(_) => {
+                Self::validation(message)
+            }
             ControlError::ImageNotFound(_)
             | ControlError::VersionNotFound { .. }
             | ControlError::MicrovmNotFound(_)

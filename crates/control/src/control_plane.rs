@@ -307,9 +307,16 @@ impl Inner {
                 Ok(image)
             }
             Some(Ok(DeleteImage::InUse)) => Err(ControlError::ImageInUse),
-            Some(Ok(DeleteImage::Busy { .. })) => Err(ControlError::ImageBusy(image.state)),
             Some(Err(error)) => Err(error.into()),
-            Some(Ok(DeleteImage::Gone)) | None => Err(unknown()),
+            Some(Ok(DeleteImage::Gone)) => Err(unknown()),
+            // The driver ended meanwhile, with the image or with the server.
+            None => {
+                let row = self.store.image_by_id(&image.id).await?.ok_or_else(unknown)?;
+                match records::image(row)? {
+                    image if image.state == ImageState::Deleting => Ok(image),
+                    _ => Err(ControlError::InsufficientCapacity(STOPPING.to_owned())),
+                }
+            }
         }
     }
 

@@ -1,7 +1,5 @@
 //! Why a call was refused, in the domain's terms. The API turns these into its exceptions; the texts are the service's own (SPEC 3.3).
 
-use crate::types::ImageState;
-
 /// Why a call was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -36,9 +34,6 @@ pub enum ControlError {
     /// the image has MicroVMs
     #[error("Cannot delete microvm image with running microvms.")]
     ImageInUse,
-    /// the image is being built or deleted
-    #[error("Cannot delete MicroVM image in its current state: {}", serde_json::to_value(.0).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default())]
-    ImageBusy(ImageState),
     /// the image is in the middle of something
     #[error("MicroVM Image is already in state: {0}")]
     ImageInTransition(String),

@@ -181,6 +181,11 @@ impl FakeEngine {
         self.machines.lock().unwrap().get(id).is_some_and(|remote| *remote.alive.borrow())
     }
 
+    /// Whether any machine runs.
+    pub fn runs_any(&self) -> bool {
+        self.machines.lock().unwrap().values().any(|remote| *remote.alive.borrow())
+    }
+
     fn machine(self: &Arc<Self>, id: &str, dir: PathBuf, memory_mib: u32) -> Box<dyn Machine> {
         let (events, receiver) = mpsc::channel(16);
         let (alive, observer) = watch::channel(true);

@@ -158,11 +158,6 @@ pub enum DeleteImage {
     Started,
     /// It has MicroVMs that are not terminated.
     InUse,
-    /// It is being built.
-    Busy {
-        /// The image's state.
-        state: String,
-    },
     Gone,
 }
 
@@ -375,14 +370,14 @@ impl Store {
             .map_err(self.failed("listing unfinished builds"))
     }
 
-    /// Marks an image `DELETING` unless it is being built or has MicroVMs that are not terminated.
+    /// Marks an image `DELETING` unless it has MicroVMs that are not terminated. A build may still run: its end does not change the image's
+    /// state any more.
     pub async fn begin_image_delete(&self, id: &str, now_ms: i64) -> Result<DeleteImage, StoreError> {
         let failed = self.failed("recording that an image is to be deleted");
         let mut tx = self.begin().await?;
         match image_state(&mut tx, id).await.map_err(&failed)? {
             None => return Ok(DeleteImage::Gone),
             Some(state) if state == "DELETING" => return Ok(DeleteImage::Started),
-            Some(state) if is_busy(&state) => return Ok(DeleteImage::Busy { state }),
             Some(_) => {}
         }
         let (live,): (i64,) = sqlx::query_as("SELECT count(*) FROM microvms WHERE image_id = ?1 AND state <> 'TERMINATED'")
@@ -543,10 +538,10 @@ async fn count_versions(connection: &mut SqliteConnection, image_id: &str) -> sq
     Ok(count)
 }
 
-/// Sets an image's state, and finds its newest versions anew.
+/// Sets an image's state, and finds its newest versions anew. An image that is being deleted stays `DELETING`.
 async fn set_image(connection: &mut SqliteConnection, id: &str, state: &str, now_ms: i64) -> sqlx::Result<()> {
     sqlx::query(
-        "UPDATE images SET state = ?2, updated_ms = ?3,
+        "UPDATE images SET state = iif(state = 'DELETING', state, ?2), updated_ms = ?3,
          latest_active = (SELECT max(number) FROM versions WHERE image_id = ?1 AND status = 'ACTIVE'),
          latest_failed = (SELECT max(number) FROM versions WHERE image_id = ?1 AND state = 'FAILED')
          WHERE id = ?1",
@@ -654,7 +649,6 @@ pub(crate) mod tests {
     async fn a_build_carries_image_and_version_along() {
         let (_dir, store) = store().await;
         store.create_image(&new_image("a"), None).await.unwrap();
-        assert_eq!(store.begin_image_delete("a", 1).await.unwrap(), DeleteImage::Busy { state: "CREATING".to_owned() });
         assert_eq!(store.unfinished_builds().await.unwrap().len(), 1);
         store.build_started("a", 1, "a", 2000).await.unwrap();
         let bytes = BuildBytes { code_install: Some(1), disk_snapshot: Some(2), memory_snapshot: Some(3) };
@@ -745,6 +739,21 @@ pub(crate) mod tests {
         assert_eq!(latest(&store).await, ("UPDATED".to_owned(), None, None));
         assert_eq!(store.begin_version_delete("a", 1, 7000).await.unwrap(), ChangeVersion::Gone);
         assert!(!store.is_version_needed("a", 1).await.unwrap() && store.is_version_needed("a", 2).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn begin_image_delete_while_a_build_runs_outlives_the_build() {
+        let (_dir, store) = store().await;
+        for (id, fails) in [("a", true), ("b", false)] {
+            store.create_image(&new_image(id), None).await.unwrap();
+            assert_eq!(store.begin_image_delete(id, 2000).await.unwrap(), DeleteImage::Started);
+            if fails {
+                store.build_failed(id, 1, id, "stopped", BuildBytes::default(), "CREATE_FAILED", 3000).await.unwrap();
+            } else {
+                store.build_succeeded(id, 1, id, BuildBytes::default(), "CREATED", 3000).await.unwrap();
+            }
+            assert_eq!(store.image_by_id(id).await.unwrap().unwrap().state, "DELETING");
+        }
     }
 
     #[tokio::test]

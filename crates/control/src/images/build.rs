@@ -21,6 +21,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     architecture::notice,
@@ -52,6 +53,8 @@ const NO_CACHE_TAG: &str = "hearth:no-cache";
 const HOSTNAME: &str = "localhost";
 /// What the state reason says of builds that a stop or a crash of the server ended.
 pub(crate) const HOST_STOPPED: &str = "INTERNAL_PLATFORM_ERROR: The host stopped during the build.";
+/// What the log says of a build whose image was deleted meanwhile; its record is gone.
+const DELETED: &str = "The image was deleted.";
 /// What it says of failures that are not the image's fault.
 pub const HOST_FAILED: &str = "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why.";
 const DISK_FULL: &str = "DISK_STORAGE_FULL: The host's disk is full.";
@@ -70,6 +73,8 @@ pub struct Pipeline {
     shared: Arc<Shared>,
     image: Identity,
     job: Job,
+    /// Gives the build up: the server stops, or the image is deleted.
+    stop: CancellationToken,
     /// Of the phase that runs.
     log: LogWriter,
     /// Of the phase that follows the build of the root file system.
@@ -81,11 +86,11 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    pub fn new(shared: Arc<Shared>, image: Identity, job: Job) -> Self {
+    pub fn new(shared: Arc<Shared>, image: Identity, job: Job, stop: CancellationToken) -> Self {
         let [log, console] = shared.build_routes(&image, &job).map(|route| shared.logs.writer(&route));
         let hooks = Hooks::of(&job.spec);
         let endpoint = endpoint_name(&image.region, &shared.settings.domain);
-        Self { shared, image, job, log, console: Some(console), sizes: BuildSizes::default(), hooks, endpoint }
+        Self { shared, image, job, stop, log, console: Some(console), sizes: BuildSizes::default(), hooks, endpoint }
     }
 
     /// Builds. Leaves the snapshot, or nothing.
@@ -104,11 +109,10 @@ impl Pipeline {
     }
 
     async fn build(&mut self, work: &Path) -> Result<(), String> {
-        let shared = Arc::clone(&self.shared);
-        let stopped = || HOST_STOPPED.to_owned();
+        let (shared, stop) = (Arc::clone(&self.shared), self.stop.clone());
         let _turn = tokio::select! {
-            turn = shared.turns.acquire() => turn.map_err(|_| stopped())?,
-            () = shared.stop.cancelled() => return Err(stopped()),
+            turn = shared.turns.acquire() => turn.map_err(|_| self.stopped())?,
+            () = stop.cancelled() => return Err(self.stopped()),
         };
         let (id, number, build_id) = (&self.image.id, self.job.number, &self.job.build_id);
         if let Err(error) = shared.store.build_started(id, number, build_id, millis(SystemTime::now())).await {
@@ -125,7 +129,7 @@ impl Pipeline {
         let archive = work.join("artifact.zip");
         tokio::select! {
             fetched = self.fetch(&archive) => fetched?,
-            () = shared.stop.cancelled() => return Err(stopped()),
+            () = stop.cancelled() => return Err(self.stopped()),
         }
         let rootfs = work.join("rootfs.img");
         let built = self.build_rootfs(work, archive, &rootfs).await?;
@@ -139,13 +143,13 @@ impl Pipeline {
         })?;
         let machine = tokio::select! {
             booted = self.boot(work, rootfs) => booted?,
-            () = shared.stop.cancelled() => return Err(stopped()),
+            () = stop.cancelled() => return Err(self.stopped()),
         };
         promised.started();
         let snapshot = Arc::new(self.make_snapshot(machine, &built.config).await?);
         let validated = tokio::select! {
             validated = self.validate(work, &snapshot) => validated,
-            () = shared.stop.cancelled() => Err(stopped()),
+            () = stop.cancelled() => Err(self.stopped()),
         };
         if let Err(reason) = validated {
             shared.engine.forget(&snapshot).await;
@@ -207,10 +211,10 @@ impl Pipeline {
                 self.log.append(LogLine::now(LogOrigin::Build, line)).await;
             }
         };
-        let (built, ()) = tokio::join!(self.shared.builder.build(request, self.shared.stop.clone()), copy);
+        let (built, ()) = tokio::join!(self.shared.builder.build(request, self.stop.clone()), copy);
         match built {
             Ok(built) => Ok(built),
-            Err(hearth_build::BuildError::Cancelled) => Err(HOST_STOPPED.to_owned()),
+            Err(hearth_build::BuildError::Cancelled) => Err(self.stopped()),
             Err(error) => {
                 self.say(format!("Error: {error}")).await;
                 Err(error.state_reason())
@@ -276,7 +280,7 @@ impl Pipeline {
         let mut pump = Pump::start(machine.take_events(), self.log.clone());
         let ready = tokio::select! {
             ready = self.make_ready(machine.as_ref(), &mut pump, config) => ready,
-            () = self.shared.stop.cancelled() => Err(HOST_STOPPED.to_owned()),
+            () = self.stop.cancelled() => Err(self.stopped()),
         };
         if let Err(reason) = ready {
             pump.kill(machine).await;
@@ -413,6 +417,11 @@ impl Pipeline {
     /// The one place where a size becomes a machine: what the settings say when the build runs.
     fn shape(&self) -> Result<Shape, String> {
         self.shared.sizes.shape(self.job.spec.memory_mib).map_err(|error| error.to_string())
+    }
+
+    /// The reason of a build that was given up.
+    fn stopped(&self) -> String {
+        if self.shared.stop.is_cancelled() { HOST_STOPPED.to_owned() } else { DELETED.to_owned() }
     }
 
     async fn say(&self, text: String) {

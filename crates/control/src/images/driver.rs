@@ -4,7 +4,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use hearth_store::{ChangeVersion, ClientToken, CreateVersion, DeleteImage, NewVersion, Scope};
 use tokio::sync::mpsc;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     records::{build_bytes, json, millis, word},
@@ -20,14 +20,20 @@ use super::{
 /// Number of the version that makes an image; all others update it.
 pub(crate) const FIRST: i64 = 1;
 
-/// A task of its own: it may hold the store's one writer, and must get on while the driver waits for that.
-type Building = AbortOnDropHandle<Result<BuildSizes, Failure>>;
+/// The build that runs.
+struct Building {
+    job: Job,
+    /// Gives it up.
+    stop: CancellationToken,
+    /// A task of its own: it may hold the store's one writer, and must get on while the driver waits for that.
+    running: AbortOnDropHandle<Result<BuildSizes, Failure>>,
+}
 
 pub struct Driver {
     shared: Arc<Shared>,
     image: Identity,
     mailbox: mpsc::UnboundedReceiver<Request>,
-    building: Option<(Job, Building)>,
+    building: Option<Building>,
 }
 
 impl Driver {
@@ -55,9 +61,10 @@ impl Driver {
         }
     }
 
-    fn build(&self, job: Job) -> (Job, Building) {
-        let pipeline = Pipeline::new(Arc::clone(&self.shared), self.image.clone(), job.clone());
-        (job, AbortOnDropHandle::new(tokio::spawn(pipeline.run())))
+    fn build(&self, job: Job) -> Building {
+        let stop = self.shared.stop.child_token();
+        let pipeline = Pipeline::new(Arc::clone(&self.shared), self.image.clone(), job.clone(), stop.clone());
+        Building { job, stop, running: AbortOnDropHandle::new(tokio::spawn(pipeline.run())) }
     }
 
     async fn built(&mut self, (job, result): (Job, Result<BuildSizes, Failure>)) {
@@ -128,7 +135,17 @@ impl Driver {
         }
     }
 
-    /// Deletes the image if that is possible; tells whether it is gone.
+    /// Gives up the build that runs, if one does, and waits until it has ended: its machine, its processes and its files are gone then, or it
+    /// has left a snapshot like any other.
+    async fn give_up_build(&mut self) {
+        let Some(building) = &self.building else { return };
+        building.stop.cancel();
+        let (job, result) = finished(&mut self.building).await;
+        let outcome = result.map_or_else(|failure| failure.reason, |_sizes| "it had just succeeded".to_owned());
+        tracing::info!(image = self.image.name, build = job.build_id, outcome, "a build ended because its image is deleted");
+    }
+
+    /// Deletes the image if that is possible; tells whether it is gone. A build that runs is given up, but only once the deletion is recorded.
     async fn delete(&mut self, answer: Answer<DeleteImage>) -> bool {
         let begun = self.shared.store.begin_image_delete(&self.image.id, millis(SystemTime::now())).await;
         let started = matches!(begun, Ok(DeleteImage::Started));
@@ -136,10 +153,14 @@ impl Driver {
             self.shared.changed();
         }
         self.answer(answer, begun);
-        if started && let Err(error) = finish_delete(&self.shared, &self.image).await {
+        if !started {
+            return false;
+        }
+        self.give_up_build().await;
+        if let Err(error) = finish_delete(&self.shared, &self.image).await {
             tracing::error!(image = self.image.name, %error, "the end of an image's deletion could not be recorded; the next start repeats it");
         }
-        started
+        true
     }
 
     fn answer<T>(&self, answer: Answer<T>, recorded: Recorded<T>) {
@@ -155,9 +176,9 @@ pub(crate) fn failed_state(number: i64) -> ImageState {
 }
 
 /// The build's result; never, if there is none. Cancel safe.
-async fn finished(building: &mut Option<(Job, Building)>) -> (Job, Result<BuildSizes, Failure>) {
+async fn finished(building: &mut Option<Building>) -> (Job, Result<BuildSizes, Failure>) {
     match building {
-        Some((job, running)) => {
+        Some(Building { job, running, .. }) => {
             let result = running.await;
             let job = job.clone();
             *building = None;

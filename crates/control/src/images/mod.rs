@@ -8,18 +8,20 @@
 //!                                                  ├──a version's status, a version deleted───────┤
 //!                                                  │           ─▶ UPDATING ─▶ UPDATED             │
 //!                                                  └──delete──▶ DELETING ─▶ (gone)   ◀────────────┘
+//!   CREATING, UPDATING ──delete──▶ DELETING, the build is given up ─▶ (gone)
 //!
 //!   a version      PENDING ─▶ IN_PROGRESS ─▶ SUCCESSFUL and ACTIVE | FAILED and INACTIVE ─▶ DELETING ─▶ (gone)
 //!   its build      PENDING ─▶ IN_PROGRESS ─▶ SUCCESSFUL            | FAILED, with the reason
 //! ```
 //!
 //! - **CREATING**, **UPDATING** with a build: it waits for its turn (`PENDING`), then runs ([`build`]). Earlier versions can be launched
-//!   meanwhile; the image takes no other change. A server that stops gives the build up; one that dies leaves that to the next start.
+//!   meanwhile; the image takes no other change but to be deleted. A server that stops gives the build up; one that dies leaves that to the
+//!   next start.
 //! - **CREATED**, **CREATE_FAILED**, **UPDATED**, **UPDATE_FAILED**: at rest. A failed build leaves its record and its log, nothing else.
 //! - **UPDATING** without a build: a version's status was changed, or a version is being deleted. Its snapshot stays as long as a MicroVM that
 //!   was launched from it is not terminated.
-//! - **DELETING**: only without MicroVMs that are not terminated; the store checks that and forbids new ones in one step. The name is
-//!   reserved until the files are gone.
+//! - **DELETING**: only without MicroVMs that are not terminated; the store checks that and forbids new ones in one step. A build that runs is
+//!   given up once the deletion is recorded; its end does not change the image's state any more. The name is reserved until the files are gone.
 
 mod build;
 mod checks;

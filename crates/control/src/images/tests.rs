@@ -9,7 +9,7 @@ use crate::{
     Architecture, Architectures, CapacitySettings, ControlError, GuestSize,
     logs::{LogGroup, build_streams},
     plane::ControlPlane,
-    testing::{Frozen, World, caller, create, exited, image_arn, log_line, run, spec, within},
+    testing::{Frozen, HookAnswer, World, caller, create, exited, image_arn, log_line, run, spec, within},
     types::{BuildState, CreateImage, ImageState, MicrovmState, PageRequest, UpdateImage, VersionState, VersionStatus},
 };
 
@@ -246,12 +246,7 @@ async fn a_snapshot_keeps_the_size_that_it_was_built_with() {
 #[tokio::test]
 async fn an_image_is_deleted_when_nothing_uses_it() {
     let world = World::new().await;
-    world.builder.gate.send_replace(false);
-    world.control.create_image(&caller(), create("demo")).await.unwrap();
-    let error = world.control.delete_image(&caller(), &image_arn("demo")).await.unwrap_err();
-    assert_eq!(error.to_string(), "Cannot delete MicroVM image in its current state: CREATING");
-    world.builder.gate.send_replace(true);
-    world.settled("demo").await;
+    world.build("demo").await;
     let vm = world.run(None).await;
     assert!(matches!(world.control.delete_image(&caller(), &image_arn("demo")).await, Err(ControlError::ImageInUse)));
     world.control.terminate_microvm(&caller(), &vm.id).await.unwrap();
@@ -265,6 +260,147 @@ async fn an_image_is_deleted_when_nothing_uses_it() {
     assert_eq!(world.engine.forgotten.load(Ordering::SeqCst), 1);
     assert_eq!(world.get(&vm.id).await.state, MicrovmState::Terminated, "it stays listed");
     assert_eq!(world.build("demo").await.state, ImageState::Created, "the name is free again");
+}
+
+/// Waits until images are gone, which must be all that there are, and checks that nothing of them is left.
+async fn gone(world: &World, names: &[&str]) {
+    for name in names {
+        world
+            .when("the image to be gone", || async {
+                let found = world.control.get_image(&caller(), &image_arn(name)).await;
+                matches!(found, Err(ControlError::ImageNotFound(_))).then_some(())
+            })
+            .await;
+    }
+    assert_eq!((world.names("images").len(), world.names("tmp").len()), (0, 0), "no debris");
+    assert!(!world.engine.runs_any(), "no machine");
+}
+
+/// Waits until the log of a version's build says something: of the Dockerfile's phase, or of the machine's.
+async fn said(world: &World, name: &str, version: &str, machine: bool, text: &str) {
+    let builds = world.control.list_builds(&caller(), &image_arn(name), version, PageRequest::default()).await.unwrap();
+    let streams = build_streams(builds.items[0].created_at, version, &builds.items[0].id);
+    let mut log = world.logs.follow(&LogGroup::of_image("000000000000", "us-east-1", name), &streams[usize::from(machine)], 0);
+    within(text, async { while !log.next().await.unwrap().text.contains(text) {} }).await;
+}
+
+/// Waits until a version's build is in the builder.
+async fn in_the_builder(world: &World, name: &str, version: &str) {
+    said(world, name, version, false, "STEP 1/1").await;
+}
+
+#[tokio::test]
+async fn delete_image_creating_stops_the_build_and_frees_its_turn() {
+    let world = World::new().await;
+    world.builder.gate.send_replace(false);
+    let request = CreateImage { client_token: Some("t".to_owned()), ..create("running") };
+    world.control.create_image(&caller(), request.clone()).await.unwrap();
+    in_the_builder(&world, "running", "1.0").await;
+    world.control.create_image(&caller(), create("waiting")).await.unwrap();
+    world.control.create_image(&caller(), create("next")).await.unwrap();
+
+    for name in ["waiting", "running"] {
+        let image = world.control.delete_image(&caller(), &image_arn(name)).await.unwrap();
+        assert_eq!(image.state, ImageState::Deleting);
+    }
+    world.builder.gate.send_replace(true);
+    assert_eq!(world.settled("next").await.state, ImageState::Created, "the turn is free");
+    world.control.delete_image(&caller(), &image_arn("next")).await.unwrap();
+    gone(&world, &["waiting", "running", "next"]).await;
+    assert_eq!(world.builder.running.load(Ordering::SeqCst), 0);
+    world.control.create_image(&caller(), request).await.unwrap();
+    assert_eq!(world.settled("running").await.state, ImageState::Created, "name and token are free again");
+}
+
+#[tokio::test]
+async fn delete_image_creating_ends_the_machine_that_waits_for_its_app() {
+    let world = World::new().await;
+    world.engine.script.lock().unwrap().clear();
+    world.control.create_image(&caller(), create("demo")).await.unwrap();
+    said(&world, "demo", "1.0", true, "Starting").await;
+    assert!(world.engine.runs_any());
+    world.control.delete_image(&caller(), &image_arn("demo")).await.unwrap();
+    gone(&world, &["demo"]).await;
+}
+
+#[tokio::test]
+async fn delete_image_creating_during_validation_leaves_no_snapshot() {
+    let world = World::new().await;
+    world.engine.answer("validate", HookAnswer::Hang);
+    let mut request = create("demo");
+    let hooks = serde_json::json!({"port": 9000, "microvmImageHooks": {"validate": "ENABLED"}});
+    request.spec.echoed.insert("hooks".to_owned(), hooks);
+    world.control.create_image(&caller(), request).await.unwrap();
+    said(&world, "demo", "1.0", true, "Validating the snapshot").await;
+    world.control.delete_image(&caller(), &image_arn("demo")).await.unwrap();
+    gone(&world, &["demo"]).await;
+    assert_eq!(world.engine.forgotten.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn delete_image_updating_stops_the_build_unless_a_microvm_lives() {
+    let world = World::with_image().await;
+    let vm = world.run(None).await;
+    world.builder.gate.send_replace(false);
+    let update = || UpdateImage { spec: spec("app.zip"), client_token: None };
+    world.control.update_image(&caller(), &image_arn("demo"), update()).await.unwrap();
+    in_the_builder(&world, "demo", "2.0").await;
+    let refused = world.control.delete_image(&caller(), &image_arn("demo")).await;
+    assert!(matches!(refused, Err(ControlError::ImageInUse)));
+    assert_eq!(world.builder.running.load(Ordering::SeqCst), 1, "the build goes on");
+    let refused = world.control.delete_image_version(&caller(), &image_arn("demo"), "2.0").await.unwrap_err();
+    assert_eq!(refused.to_string(), "MicroVM Image is already in state: UPDATING");
+
+    world.control.terminate_microvm(&caller(), &vm.id).await.unwrap();
+    world.reaches(&vm.id, MicrovmState::Terminated).await;
+    world.control.delete_image(&caller(), &image_arn("demo")).await.unwrap();
+    gone(&world, &["demo"]).await;
+    assert_eq!(world.builder.running.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn delete_image_as_its_build_ends_leaves_nothing() {
+    let world = World::new().await;
+    for pauses in 0..40 {
+        world.control.create_image(&caller(), create("demo")).await.unwrap();
+        said(&world, "demo", "1.0", true, "Taking the snapshot").await;
+        for _ in 0..pauses {
+            tokio::task::yield_now().await;
+        }
+        world.control.delete_image(&caller(), &image_arn("demo")).await.unwrap();
+        gone(&world, &["demo"]).await;
+    }
+}
+
+#[tokio::test]
+async fn delete_image_that_cannot_be_recorded_leaves_the_build_alone() {
+    let world = World::new().await;
+    world.builder.gate.send_replace(false);
+    let (image, _) = world.control.create_image(&caller(), create("demo")).await.unwrap();
+    in_the_builder(&world, "demo", "1.0").await;
+    let handle = world.control.inner.image_handles()[&image.id].clone();
+    world.control.inner.store.close().await;
+    assert!(matches!(handle.delete().await, Some(Err(_))));
+    assert_eq!(world.builder.running.load(Ordering::SeqCst), 1, "the build goes on");
+}
+
+#[tokio::test]
+async fn delete_image_is_finished_by_a_stop_and_by_the_next_start() {
+    let world = World::new().await;
+    world.builder.gate.send_replace(false);
+    let (image, _) = world.control.create_image(&caller(), create("stopped")).await.unwrap();
+    in_the_builder(&world, "stopped", "1.0").await;
+    world.control.delete_image(&caller(), &image_arn("stopped")).await.unwrap();
+    let world = world.restart().await;
+    gone(&world, &["stopped"]).await;
+
+    // The deletion of an image that is being built is recorded, and then the server is gone.
+    let (crashed, _) = world.control.create_image(&caller(), create("crashed")).await.unwrap();
+    in_the_builder(&world, "crashed", "1.0").await;
+    world.control.inner.store.begin_image_delete(&crashed.id, 1).await.unwrap();
+    let world = world.crash().await;
+    gone(&world, &["stopped", "crashed"]).await;
+    assert!(world.control.inner.store.image_by_id(&image.id).await.unwrap().is_none());
 }
 
 #[tokio::test]

@@ -140,12 +140,16 @@ pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> 
     progress.set_message(format!("building {name} {}", created.image_version));
     let print = |bytes: &[u8]| progress.suspend(|| io::stdout().write_all(bytes));
     logs::copy(&client, &format!("image={}", names::escape(&name)), true, print).await?;
-    let reached = settled(&client, &name).await?;
+    let reached = settled(&client, &name).await;
+    progress.finish_and_clear();
+    let reached = match reached {
+        Err(ClientError::Refused { status: http::StatusCode::NOT_FOUND, .. }) => bail!("{name} was deleted while it was built"),
+        reached => reached?,
+    };
     if args.no_cache {
         // For this build only.
         client.call::<Value>(Method::DELETE, &format!("{tags}?tagKeys={}", names::escape(NO_CACHE_TAG)), None).await?;
     }
-    progress.finish_and_clear();
 
     let seconds = started.elapsed().as_secs();
     match reached.state.as_str() {
