@@ -92,6 +92,37 @@ def test_a_build_that_fails_makes_the_image_create_failed(microvms, things):
     assert build["buildState"] == "FAILED" and build["stateReason"].startswith("S3_NO_SUCH_BUCKET")
 
 
+# The head of a program for ARM_64: enough for the kernel to refuse it.
+ARM_PROGRAM = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + bytes([2, 0, 183, 0, 1, 0, 0, 0]).ljust(48, b"\0")
+
+
+@pytest.mark.compat("build.advice")
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ('["true"]', r"Container Stopped with Exit Code: 0\. The image's main process must keep running: .*foreground.*"),
+        ("no-such-server --port 80", r"Container Stopped with Exit Code: 127\. A command was not found.*"),
+        (
+            '["/server"]',
+            r"The application could not be started: /server: exec format error\."
+            r" It is a program for ARM_64, and this host's processor is X86_64 \(linux/amd64\): build it for that\.",
+        ),
+        ('["/etc/passwd"]', r"The application could not be started: /etc/passwd: permission denied\. .*chmod \+x.*"),
+    ],
+)
+def test_a_build_whose_app_does_not_run_says_what_to_do(server, things, microvms, command, said):
+    """The service's own words come first; the rest is in the log too."""
+    dockerfile = f"FROM {support.BASE_IMAGE}\nCOPY server /server\nRUN chmod 755 /server\nCMD {command}\n"
+    uri = support.upload(server, "not-running.zip", support.zip_of({"Dockerfile": dockerfile, "server": ARM_PROGRAM}))
+    name = things.name("not-running")
+    arn = microvms.create_microvm_image(name=name, **things.spec(uri))["imageArn"]
+    support.wait_image(server, arn, "CREATE_FAILED")
+    reason = support.build_of(server, arn)["stateReason"]
+    assert re.fullmatch(said, reason), reason
+    log = server.hearth("logs", name).stdout
+    assert f"Build failed: {reason}" in log and str(server.data_dir) not in log, log
+
+
 @pytest.mark.compat("image.get")
 def test_get_answers_a_summary(raw, things):
     """SPEC 5.2: no build configuration; `tags` is an object even when there are none (4.3)."""
@@ -176,11 +207,13 @@ def test_delete_ends_the_machine_of_a_build(server, microvms, things):
     build = support.build_of(server, arn)["buildId"]
 
     def machines():
-        return [line for line in support.processes_of(server.data_dir) if build in line and "qemu" in line]
+        return [line for _, line in support.command_lines() if f"build-{build}" in line and "qemu" in line]
 
-    support.eventually(lambda: "cannot be called yet" in server.hearth("logs", name).stdout, "the app to be asked", 120)
-    assert machines()
-    removed = server.hearth("image", "rm", name)
+    try:
+        support.eventually(lambda: "cannot be called yet" in server.hearth("logs", name).stdout, "the app to be asked", 120)
+        assert machines()
+    finally:
+        removed = server.hearth("image", "rm", name)
     assert (removed.returncode, removed.stdout) == (0, f"{name} is gone\n"), removed.stderr
     assert not machines() and not list((server.data_dir / "tmp").glob("*"))
     assert not list((server.data_dir / "images").glob(f"*/*{build}*"))

@@ -326,9 +326,16 @@ async fn a_guest_serves_one_host_after_another() {
     for (argv, reason) in [
         (&["/app/run"][..], "/app/run: no such file or directory"),
         (&["no-such-program"], "\"no-such-program\": executable file not found in PATH"),
-        (&["/app"], "/app: permission denied"),
-        (&["/app/orphan"], "/app/orphan: its interpreter or loader: no such file or directory"),
-        (&["/app/noise"], "/app/noise: exec format error"),
+        (&["/app"], "/app: permission denied. It is a directory."),
+        (
+            &["/app/orphan"],
+            "/app/orphan: its interpreter or loader: no such file or directory. Its first line names /no/such/interpreter, which is not in the \
+             image.",
+        ),
+        (
+            &["/app/noise"],
+            "/app/noise: exec format error. It is neither a program nor a script whose first line names its interpreter, as #!/bin/sh does.",
+        ),
     ] {
         assert_eq!(failure(&mut session, app(argv)).await, reason);
     }

@@ -29,7 +29,6 @@ use crate::{
     error::ControlError,
     hooks::{Hook, Hooks, iso_8601},
     logs::{LogLine, LogOrigin, LogWriter},
-    microvm::reason::app_exited,
     pump::Pump,
     records::{millis, version_name},
     services::Services,
@@ -38,6 +37,7 @@ use crate::{
 
 use super::{
     Identity, Job, Shared,
+    advice::app_exited,
     checks::{Check, CheckError},
     endpoints, image_dir,
     shape::Shape,

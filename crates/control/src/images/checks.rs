@@ -9,9 +9,10 @@ use tokio::time::{Instant, timeout_at};
 use crate::{
     hooks::{self, Called, Hook, Hooks, iso_8601},
     logs::{LogLine, LogOrigin, LogWriter},
-    microvm::reason::app_exited,
     pump::Pump,
 };
+
+use super::advice::app_exited;
 
 /// Pauses between calls of a hook that is not ready yet: from the first to the longest, each twice the one before. There is no event that
 /// tells when an app would answer otherwise; a port that begins to listen is one, and ends a pause.

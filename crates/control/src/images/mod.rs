@@ -23,6 +23,7 @@
 //! - **DELETING**: only without MicroVMs that are not terminated; the store checks that and forbids new ones in one step. A build that runs is
 //!   given up once the deletion is recorded; its end does not change the image's state any more. The name is reserved until the files are gone.
 
+mod advice;
 mod build;
 mod checks;
 mod driver;

@@ -145,6 +145,11 @@ async fn apps_that_do_not_become_ready() {
     assert!(build_log(&world, "exits").await.contains(&"oops".to_owned()));
     assert_eq!(world.engine.kills.load(Ordering::SeqCst), 1);
 
+    *world.engine.script.lock().unwrap() = vec![exited(0)];
+    world.build("ends").await;
+    let reason = failed(&world, "ends").await;
+    assert!(reason.starts_with("Container Stopped with Exit Code: 0. The image's main process must keep running"), "{reason}");
+
     world.builder.config.lock().unwrap().argv = vec!["unstartable".to_owned()];
     world.build("unstartable").await;
     assert_eq!(failed(&world, "unstartable").await, "The application could not be started: no such file");

@@ -49,6 +49,8 @@ pub enum ContainerError {
     ZeroByte(#[from] NulError),
     #[error("{doing}: {}", describe(*error))]
     Kernel { doing: String, error: Errno },
+    #[error("{doing}: {}. {advice}", describe(*error))]
+    Program { doing: String, error: Errno, advice: String },
     #[error("{0}: {1}")]
     File(String, io::Error),
     #[error("giving up capabilities: {0}")]

@@ -1,5 +1,6 @@
 //! The application: started once, its output collected, its end remembered. Also the reaper of everything that ends up with PID 1.
 
+mod advice;
 pub mod container;
 pub mod helper;
 pub mod process;

@@ -19,6 +19,7 @@ use nix::{
 };
 
 use super::{
+    advice::advice,
     container::{ContainerError, kernel},
     user::{self, User},
 };
@@ -97,12 +98,15 @@ fn execute(app: &App, environment: &[(String, String)]) -> Result<Infallible, Co
     let program_c = CString::new(program.display().to_string())?;
     // SAFETY: the default action runs no code of ours. The Rust runtime ignores this signal, which exec would hand on.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(kernel("restoring SIGPIPE"))?;
-    match execve(&program_c, &arguments, &variables) {
-        Err(Errno::ENOENT) if program.exists() => {
-            Err(ContainerError::Kernel { doing: format!("{}: its interpreter or loader", program.display()), error: Errno::ENOENT })
-        }
-        Err(error) => Err(ContainerError::Kernel { doing: program.display().to_string(), error }),
-    }
+    let Err(error) = execve(&program_c, &arguments, &variables);
+    let doing = match error {
+        Errno::ENOENT if program.exists() => format!("{}: its interpreter or loader", program.display()),
+        _ => program.display().to_string(),
+    };
+    Err(match advice(&program, error) {
+        Some(advice) => ContainerError::Program { doing, error, advice },
+        None => ContainerError::Kernel { doing, error },
+    })
 }
 
 /// A name with a slash is a path; any other is looked for in PATH.
