@@ -215,6 +215,10 @@ impl Pipeline {
         match built {
             Ok(built) => Ok(built),
             Err(hearth_build::BuildError::Cancelled) => Err(self.stopped()),
+            Err(error @ (hearth_build::BuildError::Platform(_) | hearth_build::BuildError::DiskFull(_))) => {
+                self.host_failed(&error).await;
+                Err(error.state_reason())
+            }
             Err(error) => {
                 self.say(format!("Error: {error}")).await;
                 Err(error.state_reason())
@@ -428,11 +432,11 @@ impl Pipeline {
         self.log.append(LogLine::now(LogOrigin::Build, text)).await;
     }
 
-    /// The reason of a failure that is not the image's fault. What it was goes to the logs.
+    /// The reason of a failure that is not the image's fault. What it was goes to the server's log alone: it tells of the host's files.
     async fn host_failed(&self, error: &(dyn std::fmt::Display + Sync)) -> String {
         let text = error.to_string();
         tracing::error!(build = self.job.build_id, error = text, "a build failed because of this host");
-        self.say(format!("Error: {text}")).await;
+        self.say(format!("The server's log says more about build {}.", self.job.build_id)).await;
         HOST_FAILED.to_owned()
     }
 

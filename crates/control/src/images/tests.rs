@@ -87,6 +87,7 @@ async fn artifacts_that_cannot_be_had() {
         let request = CreateImage { spec: spec(name), ..create(name) };
         world.control.create_image(&caller(), request).await.unwrap();
         assert_eq!(failed(&world, name).await, expected);
+        assert!(!build_log(&world, name).await.join("\n").contains("/secret/path"));
     }
     let nowhere =
         CreateImage { spec: crate::types::ImageSpec { code_artifact_uri: "app.zip".to_owned(), ..spec("x") }, ..create("nowhere") };
@@ -187,7 +188,9 @@ async fn machines_that_fail_leave_no_debris() {
     world.engine.fail_capture.store(true, Ordering::SeqCst);
     world.build("capture").await;
     assert!(failed(&world, "capture").await.starts_with("INTERNAL_PLATFORM_ERROR"));
-    assert!(build_log(&world, "capture").await.iter().any(|line| line.contains("no capture")));
+    let log = build_log(&world, "capture").await;
+    assert!(log.iter().any(|line| line.starts_with("The server's log says more about build ")), "{log:?}");
+    assert!(!log.iter().any(|line| line.contains("no capture")), "what happened on the host is not told: {log:?}");
     world.engine.fail_boot.store(true, Ordering::SeqCst);
     world.build("boot").await;
     assert!(failed(&world, "boot").await.starts_with("INTERNAL_PLATFORM_ERROR"));
