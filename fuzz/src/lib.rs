@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    convert::Infallible,
     fmt::Debug,
     fs,
     sync::OnceLock,
@@ -11,6 +12,7 @@ use std::{
 };
 
 use futures::FutureExt;
+use hearth_build::ignore::{Ignore, Judge};
 use hearth_control::{
     arn::{ConnectorArn, ImageArn},
     token::{Claims, Keyring},
@@ -118,6 +120,20 @@ pub fn archive(data: &[u8]) {
     assert_eq!(fs::read(&zip).expect("it is there"), data);
     let beside = fs::read_dir(dir.path()).expect("it is there").filter_map(|entry| Some(entry.ok()?.file_name()));
     assert!(beside.into_iter().all(|name| name == "archive.zip" || name == "context"));
+}
+
+/// The patterns of a `.dockerignore`; the first line is a path. What is ignored stays so below it, unless an exception may keep it.
+pub fn ignore(data: &[u8]) {
+    let Some(line) = data.iter().position(|&byte| byte == b'\n') else { return };
+    let Ok(path) = std::str::from_utf8(&data[..line]) else { return };
+    let Ok(ignore) = Ignore::parse(&data[line + 1..]) else { return };
+    let mut judge = Judge::new(&ignore);
+    let mut ignores = |path: &str| judge.ignores(path, || Ok::<_, Infallible>(())).unwrap_or_else(|never| match never {});
+    let ignored = ignores(path);
+    assert_eq!(ignores(path), ignored);
+    if ignored && !ignore.may_keep_below(path) {
+        assert!(ignores(&format!("{path}/below")), "{path}");
+    }
 }
 
 /// ARNs, and the rules of connectors, which come in tags.
@@ -232,6 +248,12 @@ mod tests {
             zip.finish().unwrap().into_inner()
         };
         drive(archive, &[zip(&["Dockerfile", "a/b"]), zip(&["../escaped"]), zip(&["/etc/escaped", "link/escaped"])]);
+    }
+
+    #[test]
+    fn ignore_keeps_its_promises() {
+        let good = ["src/a.py\n**/*.py\n!src\n", "a/b\n[a-z]*/**\n!a/b\n# a\n", "x\n\\x?\n/x/../y/\n"];
+        drive(ignore, &good.map(|text| text.as_bytes().to_vec()));
     }
 
     #[test]

@@ -29,8 +29,10 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 
 const WRK: (&str, &str) = ("wrk", "/usr/bin/wrk");
-/// As [`PACKAGES`]: a browser, its store of certificates, load generators.
+/// As [`PACKAGES`]: a browser, its store of certificates, load generators, and a program that needs no file system around it.
 const CLIENTS: &[(&str, &str)] = &[
+    // Its program is where that of the package `busybox` is, which is linked otherwise.
+    ("busybox-static", "/var/lib/dpkg/info/busybox-static.list"),
     ("chromium-headless-shell", "/usr/bin/chromium-headless-shell"),
     ("libnss3-tools", "/usr/bin/certutil"),
     ("nghttp2-client", "/usr/bin/h2load"),
@@ -88,7 +90,7 @@ pub fn ensure_wrk() -> Result<()> {
 
 /// Installs the clients that the whole-system tests drive beside those of Python and Node.
 pub fn ensure_clients() -> Result<()> {
-    ensure_programs("the tests of endpoints need clients", CLIENTS)
+    ensure_programs("the whole-system tests need programs", CLIENTS)
 }
 
 fn ensure_programs(why: &str, packages: &[(&str, &str)]) -> Result<()> {

@@ -20,6 +20,7 @@ mod dockerfile;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod ignore;
 mod lines;
 mod process;
 mod progress;
@@ -111,12 +112,12 @@ pub struct Registries {
     pub local: Vec<SocketAddr>,
 }
 
-/// What an archive may hold.
-#[derive(Debug, Clone, Copy)]
+/// What an archive may hold, without what its `.dockerignore` names. A refusal says the settings by their names in the server's configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ArchiveLimits {
-    /// Bytes after unpacking.
+    /// Bytes after unpacking: `build_context_mib`.
     pub unpacked_bytes: u64,
-    /// Files and directories.
+    /// Files, links and directories: `build_context_entries`.
     pub entries: u64,
 }
 

@@ -32,6 +32,7 @@ use std::{
     time::Duration,
 };
 
+use hearth_build::ArchiveLimits;
 use hearth_machine::network::EgressPolicy;
 use hearth_machine::network::Links;
 use serde::{Deserialize, Deserializer, de};
@@ -85,6 +86,10 @@ pub struct ServeConfig {
     pub max_concurrent_builds: Option<u32>,
     /// Longest time a Dockerfile may take, in seconds. 1800.
     pub build_timeout_seconds: u32,
+    /// Most that an image's archive may unpack to, in MiB, without what its `.dockerignore` names. 2048.
+    pub build_context_mib: u32,
+    /// Most files, links and directories of an image's archive, without what its `.dockerignore` names. 100000.
+    pub build_context_entries: u32,
     /// Longest time from the start of an image's app until it accepts connections, in seconds. 300.
     pub ready_timeout_seconds: u32,
     /// Longest time that a request to an endpoint is held while its MicroVM wakes, in seconds. 60.
@@ -305,6 +310,8 @@ impl Default for ServeConfig {
             build_cache_dir: None,
             max_concurrent_builds: None,
             build_timeout_seconds: 1800,
+            build_context_mib: 2048,
+            build_context_entries: 100_000,
             ready_timeout_seconds: 300,
             wake_timeout_seconds: 60,
             stop_grace_seconds: 2,
@@ -362,6 +369,11 @@ impl ServeConfig {
     /// Longest time a Dockerfile may take.
     pub fn build_timeout(&self) -> Duration {
         Duration::from_secs(self.build_timeout_seconds.into())
+    }
+
+    /// What an image's archive may hold.
+    pub fn archive_limits(&self) -> ArchiveLimits {
+        ArchiveLimits { unpacked_bytes: u64::from(self.build_context_mib) << 20, entries: self.build_context_entries.into() }
     }
 
     /// Longest time until an image's app accepts connections.
@@ -449,6 +461,8 @@ impl ServeConfig {
         let seconds = [
             ("min_idle_seconds", self.min_idle_seconds, 28_800, "a number of seconds from 1 to 28800"),
             ("build_timeout_seconds", self.build_timeout_seconds, 86_400, "a number of seconds from 1 to 86400"),
+            ("build_context_mib", self.build_context_mib, 1 << 20, "a number of MiB from 1 to 1048576"),
+            ("build_context_entries", self.build_context_entries, 10_000_000, "a number from 1 to 10000000"),
             ("ready_timeout_seconds", self.ready_timeout_seconds, 3_600, "a number of seconds from 1 to 3600"),
             ("wake_timeout_seconds", self.wake_timeout_seconds, 600, "a number of seconds from 1 to 600"),
             ("logs.retention_days", self.logs.retention_days, 3_653, "a number of days from 1 to 3653"),
@@ -576,6 +590,8 @@ mod tests {
             build_cache_dir = "/cache"
             max_concurrent_builds = 2
             build_timeout_seconds = 60
+            build_context_mib = 63
+            build_context_entries = 64
             ready_timeout_seconds = 61
             wake_timeout_seconds = 62
             terminated_retention_seconds = 0
@@ -612,6 +628,12 @@ mod tests {
         assert_eq!(config.logs, LogsConfig { retention_days: 3, group_mib: 64 });
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.wake_timeout(), Duration::from_secs(62));
+        assert_eq!(config.archive_limits(), ArchiveLimits { unpacked_bytes: 63 << 20, entries: 64 });
+    }
+
+    #[test]
+    fn archive_limits_default_is_the_builder_s() {
+        assert_eq!(ServeConfig::default().archive_limits(), ArchiveLimits::default());
     }
 
     const ACCOUNTS: &str = r#"
@@ -680,6 +702,8 @@ mod tests {
             ("capacity.overcommit = 0.5", "capacity.overcommit = 0.5"),
             ("activity.cpu_percent = 0", "activity.cpu_percent = 0"),
             ("max_concurrent_builds = 0", "max_concurrent_builds = 0"),
+            ("build_context_mib = 0", "build_context_mib = 0"),
+            ("build_context_entries = 0", "build_context_entries = 0"),
             ("logs.retention_days = 0", "logs.retention_days = 0"),
             ("logs.group_mib = 0", "logs.group_mib = 0"),
             ("tls.acme = { dns_hook = \"h\" }", "tls.acme.agree_to_terms = false"),

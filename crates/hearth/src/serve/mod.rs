@@ -313,6 +313,7 @@ async fn builder(config: &ServeConfig, dir: &DataDir, kit: &Kit) -> anyhow::Resu
     builder_config.cache = config.build_cache.limits();
     builder_config.registries = config.registries.registries();
     builder_config.memory = host_memory().map(|total| total / 4 * 3);
+    builder_config.limits = config.archive_limits();
     let builder = Builder::new(builder_config);
     builder.prepare().await.context("preparing the image builder")?;
     Ok(builder)

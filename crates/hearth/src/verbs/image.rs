@@ -1,10 +1,14 @@
 //! `hearth image build`, `ls`, `rm`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
+    convert::Infallible,
     fs::File,
-    io::{self, IsTerminal, Seek, Write},
-    os::unix::{ffi::OsStrExt, fs::PermissionsExt},
+    io::{self, IsTerminal, Read, Seek, Write},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileTypeExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -14,6 +18,7 @@ use anyhow::{Context, bail};
 use axum::body::Body;
 use clap::Args;
 use hearth_control::Architecture;
+use hearth_build::ignore::{self, IGNORE_FILES, Ignore, Judge};
 use http::Method;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
@@ -30,10 +35,13 @@ use crate::{
 /// Longest time that one call waits for a change of state, in seconds; the wait goes on with the next call.
 const WAIT_SECONDS: u32 = 30;
 
+/// Most links that lead to one file (MAXSYMLINKS).
+const MAX_HOPS: usize = 40;
+
 /// `hearth image build`.
 #[derive(Debug, Args)]
 pub struct BuildArgs {
-    /// Directory with a Dockerfile. All of it is sent; the build leaves out what its .dockerignore names.
+    /// Directory with a Dockerfile. It is sent without what its .dockerignore names. Links are sent as links.
     dir: PathBuf,
     /// Name of the image [default: the directory's].
     #[arg(long)]
@@ -99,16 +107,15 @@ struct Stored {
 pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> {
     let connect = Connect::read(client.dir())?;
     let dir = args.dir.canonicalize().with_context(|| format!("opening {}", args.dir.display()))?;
-    if !dir.join("Dockerfile").is_file() {
-        bail!("{} has no Dockerfile: name the directory that has it", dir.display());
-    }
+    check_dockerfile(&dir)?;
     let name =
         args.name.or_else(|| names::image_name_of(&dir)).context("the directory's name makes no image name: give one with --name")?;
     let started = std::time::Instant::now();
     let progress = progress();
 
     progress.set_message(format!("packing {}", dir.display()));
-    let archive = tokio::task::spawn_blocking(move || pack(&dir)).await??;
+    let notes = progress.clone();
+    let archive = tokio::task::spawn_blocking(move || pack(&dir, |note| notes.suspend(|| eprintln!("hearth: {note}")))).await??;
     progress.set_message("sending");
     let body = Body::from_stream(ReaderStream::with_capacity(tokio::fs::File::from_std(archive), 64 << 10));
     let stored: Stored = client.upload(&format!("/hearth/v1/artifacts/{}", names::escape(&name)), body).await?;
@@ -225,27 +232,61 @@ fn progress() -> ProgressBar {
     progress
 }
 
-/// Packs a directory into a zip archive in a file without a name. The same contents make the same archive: names are in order, and times are
-/// left out.
-fn pack(dir: &Path) -> anyhow::Result<File> {
+/// The Dockerfile must be in the directory that is sent, as must all links to it.
+fn check_dockerfile(dir: &Path) -> anyhow::Result<()> {
+    let path = dir.join("Dockerfile");
+    if !path.is_file() {
+        bail!("{} has no Dockerfile: name the directory that has it", dir.display());
+    }
+    let real = path.canonicalize().with_context(|| format!("opening {}", path.display()))?;
+    if !real.starts_with(dir) {
+        bail!("{} is a link to {}, which is not sent: links are sent as links; copy the file", path.display(), real.display());
+    }
+    Ok(())
+}
+
+/// Packs a directory into a zip archive in a file without a name, without what its `.dockerignore` names. Links are packed as links, and none
+/// is followed. The same contents make the same archive: names are in order, and times are left out. `note` is told what is left out besides.
+fn pack(dir: &Path, mut note: impl FnMut(&str)) -> anyhow::Result<File> {
+    let ignore = patterns(dir)?;
+    let always = always_sent(dir);
+    let mut judge = Judge::new(&ignore);
     let mut archive = ZipWriter::new(tempfile::tempfile().context("making a temporary file")?);
     let plain = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated).last_modified_time(zip::DateTime::default());
-    for entry in walkdir::WalkDir::new(dir).min_depth(1).sort_by_file_name() {
-        let entry = entry.with_context(|| format!("reading {}", dir.display()))?;
+    let mut walk = walkdir::WalkDir::new(dir).min_depth(1).sort_by_file_name().into_iter();
+    while let Some(entry) = walk.next() {
+        let entry = entry.with_context(|| format!("reading {}; `.dockerignore` can leave out what cannot be read", dir.display()))?;
         let path = entry.path();
         let what = || format!("packing {}", path.display());
         let relative = path.strip_prefix(dir).expect("what a walk finds is below where it began");
+        // A name that is not UTF-8 may be ignored like any other.
+        let Ok(ignored) = judge.ignores(&relative.to_string_lossy(), || Ok::<_, Infallible>(()));
+        if ignored && !always.contains(path) {
+            let needed = ignore.may_keep_below(&relative.to_string_lossy()) || always.iter().any(|kept| kept.starts_with(path));
+            if entry.file_type().is_dir() && !needed {
+                walk.skip_current_dir();
+            }
+            continue;
+        }
         let name = std::str::from_utf8(relative.as_os_str().as_bytes()).with_context(what)?;
         let metadata = entry.metadata().with_context(what)?;
         let options = plain.unix_permissions(metadata.permissions().mode() & 0o7777).large_file(metadata.len() > u64::from(u32::MAX));
-        if metadata.is_dir() {
+        let kind = metadata.file_type();
+        if kind.is_dir() {
             archive.add_directory(name, options).with_context(what)?;
-        } else if metadata.is_symlink() {
+        } else if kind.is_symlink() {
             let target = std::fs::read_link(path).with_context(what)?;
-            archive.add_symlink(name, target.to_string_lossy(), options).with_context(what)?;
-        } else if metadata.is_file() {
+            let target = target.to_str().with_context(|| format!("{}: the link's target is not UTF-8", what()))?;
+            archive.add_symlink(name, target, options).with_context(what)?;
+        } else if kind.is_file() {
+            let mut file = File::open(path).with_context(|| format!("{}; `.dockerignore` can leave it out", what()))?;
             archive.start_file(name, options).with_context(what)?;
-            io::copy(&mut File::open(path).with_context(what)?, &mut archive).with_context(what)?;
+            io::copy(&mut file, &mut archive).with_context(what)?;
+        } else if kind.is_socket() {
+            note(&format!("{} is a socket and is not sent", path.display()));
+        } else {
+            let kind = if kind.is_fifo() { "named pipe" } else { "device" };
+            bail!("{}: it is a {kind}, which cannot be sent; name it in .dockerignore", what());
         }
     }
     let mut file = archive.finish().context("finishing the archive")?;
@@ -262,6 +303,39 @@ fn architecture(platform: &str) -> Result<Architecture, String> {
     }
 }
 
+/// What is sent even if it is ignored, because the build itself reads it: the Dockerfile, the files of patterns, and what they are links to.
+fn always_sent(dir: &Path) -> HashSet<PathBuf> {
+    let mut always = HashSet::new();
+    for name in ["Dockerfile"].iter().chain(&IGNORE_FILES) {
+        let mut path = dir.join(name);
+        for _ in 0..MAX_HOPS {
+            always.insert(path.clone());
+            let Ok(target) = path.read_link() else { break };
+            let target = path.with_file_name(target);
+            let (Some(Ok(parent)), Some(name)) = (target.parent().map(Path::canonicalize), target.file_name()) else { break };
+            path = parent.join(name);
+        }
+    }
+    always
+}
+
+/// What a directory's `.dockerignore` says, or its `Dockerfile.dockerignore`, which comes first.
+fn patterns(dir: &Path) -> anyhow::Result<Ignore> {
+    for name in IGNORE_FILES {
+        let path = dir.join(name);
+        let what = || format!("reading {}", path.display());
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).with_context(what),
+        };
+        let mut bytes = Vec::new();
+        file.take(ignore::MAX_BYTES as u64 + 1).read_to_end(&mut bytes).with_context(what)?;
+        return Ignore::parse(&bytes).with_context(what);
+    }
+    Ok(Ignore::default())
+}
+
 fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -271,34 +345,107 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::{
+        fs::{self, Permissions},
+        os::unix::{fs::symlink, net::UnixListener},
+    };
 
     use super::*;
 
-    fn bytes(mut file: File) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).unwrap();
-        bytes
+    fn packed(dir: &Path) -> anyhow::Result<(Vec<u8>, Vec<String>)> {
+        let (mut bytes, mut notes) = (Vec::new(), Vec::new());
+        pack(dir, |note| notes.push(note.to_owned()))?.read_to_end(&mut bytes)?;
+        Ok((bytes, notes))
+    }
+
+    fn names(archive: &[u8]) -> Vec<String> {
+        zip::ZipArchive::new(io::Cursor::new(archive)).unwrap().file_names().map(str::to_owned).collect()
+    }
+
+    fn refusal(dir: &Path) -> String {
+        format!("{:#}", packed(dir).unwrap_err())
     }
 
     #[test]
-    fn a_directory_is_packed_with_modes_and_links_and_the_same_way_twice() {
+    fn pack_directory_keeps_modes_and_links_and_is_the_same_twice() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("bin")).unwrap();
-        std::fs::write(dir.path().join("Dockerfile"), "FROM scratch\n").unwrap();
-        std::fs::write(dir.path().join("bin/run"), "#!/bin/sh\n").unwrap();
-        std::fs::set_permissions(dir.path().join("bin/run"), std::fs::Permissions::from_mode(0o755)).unwrap();
-        std::os::unix::fs::symlink("bin/run", dir.path().join("start")).unwrap();
+        fs::create_dir(dir.path().join("bin")).unwrap();
+        fs::write(dir.path().join("Dockerfile"), "FROM scratch\n").unwrap();
+        fs::write(dir.path().join("bin/run"), "#!/bin/sh\n").unwrap();
+        fs::set_permissions(dir.path().join("bin/run"), Permissions::from_mode(0o755)).unwrap();
+        symlink("bin/run", dir.path().join("start")).unwrap();
+        symlink("/etc", dir.path().join("out")).unwrap();
 
-        let first = bytes(pack(dir.path()).unwrap());
+        let (first, _) = packed(dir.path()).unwrap();
         File::open(dir.path().join("Dockerfile")).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
-        assert_eq!(bytes(pack(dir.path()).unwrap()), first);
+        assert_eq!(packed(dir.path()).unwrap().0, first);
 
+        assert_eq!(names(&first), ["Dockerfile", "bin/", "bin/run", "out", "start"]);
         let mut archive = zip::ZipArchive::new(io::Cursor::new(first)).unwrap();
-        let names: Vec<&str> = archive.file_names().collect();
-        assert_eq!(names, ["Dockerfile", "bin/", "bin/run", "start"]);
         assert_eq!(archive.by_name("bin/run").unwrap().unix_mode().unwrap() & 0o777, 0o755);
         assert!(archive.by_name("start").unwrap().is_symlink());
+        let mut target = String::new();
+        archive.by_name("out").unwrap().read_to_string(&mut target).unwrap();
+        assert_eq!(target, "/etc");
+    }
+
+    #[test]
+    fn pack_ignored_paths_are_not_sent_or_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [".venv/lib", "docs", "src/app", "src/other"] {
+            fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        for name in ["Dockerfile", ".venv/lib/x.py", "docs/README.md", "docs/other.md", "src/app/main.py", "src/other/x"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        symlink("/usr/bin/python3", dir.path().join(".venv/python")).unwrap();
+        nix::unistd::mkfifo(&dir.path().join(".venv/pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let written = ".venv\nDockerfile\n.dockerignore\nsrc\n!src/app\ndocs\n!**/README.md\n";
+        fs::write(dir.path().join(".dockerignore"), written).unwrap();
+        let sent = names(&packed(dir.path()).unwrap().0);
+        assert_eq!(sent, [".dockerignore", "Dockerfile", "docs/README.md", "src/app/", "src/app/main.py"]);
+
+        fs::write(dir.path().join("Dockerfile.dockerignore"), "*\n").unwrap();
+        assert_eq!(names(&packed(dir.path()).unwrap().0), [".dockerignore", "Dockerfile", "Dockerfile.dockerignore"]);
+
+        fs::create_dir(dir.path().join("docker")).unwrap();
+        fs::rename(dir.path().join("Dockerfile"), dir.path().join("docker/File")).unwrap();
+        symlink("docker/File", dir.path().join("Dockerfile")).unwrap();
+        let sent = names(&packed(dir.path()).unwrap().0);
+        assert_eq!(sent, [".dockerignore", "Dockerfile", "Dockerfile.dockerignore", "docker/File"]);
+
+        fs::write(dir.path().join("Dockerfile.dockerignore"), "\n[\n").unwrap();
+        assert!(refusal(dir.path()).contains("Dockerfile.dockerignore: line 2: the pattern \"[\" is malformed"));
+    }
+
+    #[test]
+    fn pack_special_file_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("Dockerfile"), "FROM scratch\n").unwrap();
+        let _listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        let (archive, notes) = packed(dir.path()).unwrap();
+        assert_eq!(names(&archive), ["Dockerfile"]);
+        assert!(notes.len() == 1 && notes[0].ends_with("/socket is a socket and is not sent"), "{notes:?}");
+
+        nix::unistd::mkfifo(&dir.path().join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let refused = refusal(dir.path());
+        assert!(refused.contains("/pipe: it is a named pipe") && refused.contains(".dockerignore"), "{refused}");
+    }
+
+    #[test]
+    fn check_dockerfile_link_that_leads_out_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let context = dir.join("context");
+        fs::create_dir(&context).unwrap();
+        fs::write(dir.join("Dockerfile"), "FROM scratch\n").unwrap();
+        assert!(check_dockerfile(&context).unwrap_err().to_string().contains("has no Dockerfile"));
+        symlink("../Dockerfile", context.join("Dockerfile")).unwrap();
+        assert!(check_dockerfile(&context).unwrap_err().to_string().contains("which is not sent"));
+        fs::write(context.join("File"), "FROM scratch\n").unwrap();
+        fs::remove_file(context.join("Dockerfile")).unwrap();
+        symlink("File", context.join("Dockerfile")).unwrap();
+        check_dockerfile(&context).unwrap();
     }
 
     #[test]
