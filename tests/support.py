@@ -350,6 +350,14 @@ def wait_image(server: Server, arn: str, wanted: str, seconds: float = BUILD_SEC
         deadline.tick(image["state"], pause=0.2)
 
 
+def delete_image(server: Server, arn: str) -> None:
+    """Deletes an image, and waits until its files are gone too."""
+    server.microvms.delete_microvm_image(imageIdentifier=arn)
+    deadline = Deadline(STATE_SECONDS, f"{arn} to be gone")
+    while arn in [found["imageArn"] for found in server.microvms.list_microvm_images()["items"]]:
+        deadline.tick()
+
+
 def build_of(server: Server, arn: str, version: str = "1.0") -> dict:
     """The build of a version: where the reason of a failure is (SPEC 2.1)."""
     builds = server.microvms.list_microvm_image_builds(imageIdentifier=arn, imageVersion=version)["items"]
