@@ -18,6 +18,39 @@ def pytest_sessionstart(session):
         raise pytest.UsageError("the whole-system tests start real MicroVMs, which needs root")
 
 
+LEFT_OUT: list[str] = []
+TABLES: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Long tests are for those who ask for them."""
+    if os.environ.get("HEARTH_TEST_LONG"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        LEFT_OUT.extend(item.name for item in long)
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def pytest_terminal_summary(terminalreporter):
+    for header, rows in TABLES.items():
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+        terminalreporter.write_sep("=", "measured")
+        for row in [header, *rows]:
+            cells = [cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+            terminalreporter.write_line("  ".join(cells))
+    if LEFT_OUT:
+        terminalreporter.write_sep("=", "left out")
+        terminalreporter.write_line(f"long tests that `cargo xtask test images` runs: {', '.join(LEFT_OUT)}")
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """Takes a row of a table, by the table's header; the tables are shown at the end."""
+    return lambda header, row: TABLES.setdefault(header, []).append(row)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """A failure is shown with what the servers of the test said."""

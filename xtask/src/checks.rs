@@ -18,6 +18,29 @@ use crate::{
 
 const UNIT_LIMIT: Duration = Duration::from_secs(20 * 60);
 const SYSTEM_LIMIT: Duration = Duration::from_secs(20 * 60);
+const LONG_LIMIT: Duration = Duration::from_secs(3 * 60 * 60);
+
+/// A part of the whole-system tests that has long ones.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Part {
+    /// Images of servers that people run, built from their Dockerfiles.
+    Images,
+}
+
+impl Part {
+    const fn file(self) -> &'static str {
+        match self {
+            Self::Images => "test_images.py",
+        }
+    }
+}
+
+/// Whether tests that take minutes each are run too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Length {
+    Short,
+    Long,
+}
 
 /// How tests ended.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +68,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     // The build of the tests made the server too; another build, without what only tests need, would compile most of it again.
     let hearth = if unit.is_ok() { Ok(workspace.hearth()) } else { workspace.build_hearth() };
     note("unit tests", unit);
-    note("whole-system tests", tools.and_then(|tools| system_tests(workspace, &tools, &hearth?, &[])));
+    note("whole-system tests", tools.and_then(|tools| system_tests(workspace, &tools, &hearth?, &[], Length::Short)));
     conclude(counts, &problems)
 }
 
@@ -53,7 +76,15 @@ pub fn run(workspace: &Workspace) -> Result<()> {
 pub fn run_system(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     let tools = set_up(workspace)?;
     let hearth = workspace.build_hearth()?;
-    conclude(system_tests(workspace, &tools, &hearth, arguments)?, &[])
+    conclude(system_tests(workspace, &tools, &hearth, arguments, Length::Short)?, &[])
+}
+
+/// A part of the whole-system tests with its long ones, with more arguments for pytest.
+pub fn run_part(workspace: &Workspace, part: Part, arguments: &[String]) -> Result<()> {
+    let tools = set_up(workspace)?;
+    let hearth = workspace.build_hearth()?;
+    let arguments: Vec<String> = [part.file().to_owned()].into_iter().chain(arguments.iter().cloned()).collect();
+    conclude(system_tests(workspace, &tools, &hearth, &arguments, Length::Long)?, &[])
 }
 
 fn set_up(workspace: &Workspace) -> Result<Tools> {
@@ -108,7 +139,7 @@ fn unit_tests(workspace: &Workspace) -> Result<Counts> {
     accept("the unit tests", status, counts)
 }
 
-fn system_tests(workspace: &Workspace, tools: &Tools, hearth: &Path, arguments: &[String]) -> Result<Counts> {
+fn system_tests(workspace: &Workspace, tools: &Tools, hearth: &Path, arguments: &[String], length: Length) -> Result<Counts> {
     stage("whole-system tests");
     let before = Host::look()?;
     let path = std::env::join_paths(
@@ -125,8 +156,15 @@ fn system_tests(workspace: &Workspace, tools: &Tools, hearth: &Path, arguments: 
         .env("HEARTH", hearth)
         .env("HEARTH_TEST_NODE", &tools.node)
         .env("HEARTH_TEST_BUILD_CACHE", workspace.target.join("build-cache"));
+    let limit = match length {
+        Length::Short => SYSTEM_LIMIT,
+        Length::Long => {
+            command.env("HEARTH_TEST_LONG", "1");
+            LONG_LIMIT
+        }
+    };
     let mut counts = Counts::default();
-    let status = Process::start("pytest", &mut command, Output::Lines)?.finish(SYSTEM_LIMIT, |line| {
+    let status = Process::start("pytest", &mut command, Output::Lines)?.finish(limit, |line| {
         println!("{line}");
         if let Some(found) = pytest_summary(line) {
             counts = found;

@@ -32,8 +32,10 @@ enum Chore {
     Kit,
     /// Play the whole story with the AWS CLI and curl, each command shown with its answer and its time.
     Demo,
-    /// Formatting, lints, unit tests, then whole-system tests with real MicroVMs.
+    /// Formatting, lints, unit tests, then whole-system tests with real MicroVMs, without the long ones.
     Test {
+        /// Only this part of the whole-system tests, with its long ones.
+        part: Option<checks::Part>,
         /// Only the whole-system tests, with these arguments for pytest.
         #[arg(last = true, value_name = "PYTEST ARGUMENTS")]
         system: Option<Vec<String>>,
@@ -73,8 +75,9 @@ fn carry_out(chore: &Chore) -> anyhow::Result<()> {
             Ok(())
         }
         Chore::Demo => demo::run(&workspace),
-        Chore::Test { system: None } => checks::run(&workspace),
-        Chore::Test { system: Some(arguments) } => checks::run_system(&workspace, arguments),
+        Chore::Test { part: None, system: None } => checks::run(&workspace),
+        Chore::Test { part: None, system: Some(arguments) } => checks::run_system(&workspace, arguments),
+        Chore::Test { part: Some(part), system } => checks::run_part(&workspace, *part, system.as_deref().unwrap_or_default()),
         Chore::Model => model::run(&workspace),
         Chore::Bench { subject, rounds } => bench::run(&workspace, *subject, *rounds),
     }

@@ -1,0 +1,4 @@
+#!/bin/sh -e
+buildbot start --nodaemon master &
+buildbot-worker start --nodaemon worker &
+wait
