@@ -146,7 +146,7 @@ struct Entry {
     flaw: Option<Flaw>,
 }
 
-/// The entries, in the archive's order. Paths in them are distinct only as they are written.
+/// The entries, in the archive's order. Several may stand for one path.
 #[derive(Debug)]
 struct Contents(Vec<Entry>);
 
@@ -170,11 +170,12 @@ impl Entry {
     fn of(entry: &ZipFile<'_, impl Read>) -> Result<Self, Flaw> {
         let name = name_of(entry)?;
         let path = safe_path(&name, is_of_dos(entry))?;
-        let mut flaw = path.split('/').any(|component| component.len() > MAX_COMPONENT).then_some("is too long");
+        let too_long = || Flaw::Name { name: name.to_string(), why: "is too long" };
         if path.len() > MAX_PATH {
-            flaw = Some("is too long");
+            // Even if it is ignored: patterns take their time over each directory of a path.
+            return Err(too_long());
         }
-        let flaw = flaw.map(|why| Flaw::Name { name: name.to_string(), why });
+        let flaw = path.split('/').any(|component| component.len() > MAX_COMPONENT).then(too_long);
         let (kind, special) = match kind_of(entry, name.ends_with('/')) {
             Ok(kind) => (kind, None),
             Err(kind) => (Kind::File, Some(Flaw::Special { name: name.to_string(), kind })),
@@ -228,7 +229,7 @@ impl Plan {
             }
         }
         let mut plan = Self::default();
-        let (mut packed_bytes, mut declared_bytes) = (0u64, 0u64);
+        let mut packed_bytes = 0u64;
         for (position, (index, entry)) in kept.iter().enumerate() {
             if let Some(flaw) = &entry.flaw {
                 return Err(ArchiveError::Invalid(flaw.to_string()));
@@ -243,10 +244,9 @@ impl Plan {
             if packed_bytes > archive_bytes {
                 return Err(Flaw::Overlap.into());
             }
-            if entry.kind == Kind::File {
-                declared_bytes = declared_bytes.saturating_add(entry.declared_bytes);
-            }
         }
+        let declared = plan.of_kind(Kind::File).filter_map(|(_, node)| Some(contents.0[node.index?].declared_bytes));
+        let declared_bytes = declared.fold(0, u64::saturating_add);
         if declared_bytes > limits.unpacked_bytes {
             return Err(Flaw::Bytes { found: declared_bytes, limit: limits.unpacked_bytes }.into());
         }

@@ -11,6 +11,8 @@ use std::str;
 pub const IGNORE_FILES: [&str; 2] = ["Dockerfile.dockerignore", ".dockerignore"];
 /// Most bytes of a file of patterns.
 pub const MAX_BYTES: usize = 256 << 10;
+/// Most patterns of one file.
+pub const MAX_PATTERNS: usize = 10_000;
 
 /// A file of patterns cannot be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -18,6 +20,9 @@ pub enum IgnoreError {
     /// the file is too large
     #[error("it is larger than {} KiB", MAX_BYTES >> 10)]
     TooLarge,
+    /// the file has too many lines
+    #[error("it has more than {MAX_PATTERNS} patterns")]
+    TooMany,
     /// the file is not text
     #[error("line {line} is not UTF-8")]
     NotText {
@@ -57,6 +62,9 @@ impl Ignore {
                 continue;
             }
             let pattern = Pattern::parse(written).ok_or_else(|| IgnoreError::Malformed { line, pattern: written.to_owned() })?;
+            if patterns.len() == MAX_PATTERNS {
+                return Err(IgnoreError::TooMany);
+            }
             patterns.push(pattern);
         }
         Ok(Self { patterns })

@@ -378,6 +378,8 @@ fn unpack_ignored_entries_are_neither_made_nor_judged() {
     // Names that lead out are no part of the context, so no pattern can name them.
     let escapes = RawZip::default().with("../evil", REGULAR | 0o644, b"").with(".dockerignore", REGULAR | 0o644, b"*\n**\n");
     refusal(&escapes.with("Dockerfile", REGULAR | 0o644, b"FROM a\n"));
+    let deep = dockerfile().with(".dockerignore", REGULAR | 0o644, b"a\n");
+    assert!(refusal(&deep.with(&"a/".repeat(MAX_PATH), DIRECTORY | 0o755, b"")).contains("too long"));
 }
 
 #[test]

@@ -119,6 +119,8 @@ fn parse_malformed_pattern_is_named_with_its_line() {
     }
     assert_eq!(Ignore::parse(b"ok\n\xff"), Err(IgnoreError::NotText { line: 2 }));
     assert_eq!(Ignore::parse(&vec![b'\n'; MAX_BYTES + 1]), Err(IgnoreError::TooLarge));
+    assert!(Ignore::parse("a\n".repeat(MAX_PATTERNS).as_bytes()).is_ok());
+    assert_eq!(Ignore::parse("a\n".repeat(MAX_PATTERNS + 1).as_bytes()), Err(IgnoreError::TooMany));
 }
 
 #[test]
