@@ -177,7 +177,7 @@ class TestStopping:
         home.start()
         support.wait_image(home, arn, "CREATE_FAILED", 30)
         assert support.build_of(home, arn)["stateReason"]
-        support.eventually(lambda: not [line for line in support.processes_of(home.data_dir) if "buildah" in line], "the build to end")
+        support.eventually(lambda: not [line for line in support.processes_of(home.data_dir) if "runc" in line], "the build to end")
         home.microvms.delete_microvm_image(imageIdentifier=arn)
 
 

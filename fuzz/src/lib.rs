@@ -7,6 +7,7 @@ use std::{
     convert::Infallible,
     fmt::Debug,
     fs,
+    path::Path,
     sync::OnceLock,
     time::{Duration, SystemTime},
 };
@@ -136,6 +137,19 @@ pub fn ignore(data: &[u8]) {
     }
 }
 
+/// A Dockerfile, read before BuildKit does: no line is lost, and what was rewritten is not rewritten again.
+pub fn dockerfile(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let nowhere = Path::new("/nonexistent");
+    if let Some(read) = hearth_build::fuzzing::read_dockerfile(text, nowhere) {
+        assert!(read.matches('\n').count() >= text.matches('\n').count(), "{text:?}");
+        if let Some(again) = hearth_build::fuzzing::read_dockerfile(&read, nowhere) {
+            assert_eq!(again, read, "{text:?}");
+        }
+    }
+    hearth_build::fuzzing::read_progress(text);
+}
+
 /// ARNs, and the rules of connectors, which come in tags.
 pub fn names(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
@@ -254,6 +268,16 @@ mod tests {
     fn ignore_keeps_its_promises() {
         let good = ["src/a.py\n**/*.py\n!src\n", "a/b\n[a-z]*/**\n!a/b\n# a\n", "x\n\\x?\n/x/../y/\n"];
         drive(ignore, &good.map(|text| text.as_bytes().to_vec()));
+    }
+
+    #[test]
+    fn dockerfile_keeps_its_promises() {
+        let good = [
+            "# syntax=docker/dockerfile:1\nARG A=b\nFROM ${A:-c} AS d\nRUN --security=sandbox cat <<EOF > x \\\n  # y\n  && z\nEOF\nCOPY --chmod=0o7 a b\n",
+            "# escape=`\nFROM --platform=linux/arm64 a`\n\nADD --parents --from=a [\"x y\", \"/./z\"]\nONBUILD COPY <<-'E' /\n\tE\n",
+            r#"{"vertexes":[{"digest":"a","name":"[1/2] RUN x","started":"1","error":"y"}],"logs":[{"vertex":"a","data":"eAo="}]}"#,
+        ];
+        drive(dockerfile, &good.map(|text| text.as_bytes().to_vec()));
     }
 
     #[test]

@@ -31,6 +31,7 @@ const PACKAGES: &[(&str, &str)] = &[
 const WRK: (&str, &str) = ("wrk", "/usr/bin/wrk");
 /// As [`PACKAGES`]: a browser, its store of certificates, load generators, and a program that needs no file system around it.
 const CLIENTS: &[(&str, &str)] = &[
+    ("apache2-utils", "/usr/bin/htpasswd"),
     // Its program is where that of the package `busybox` is, which is linked otherwise.
     ("busybox-static", "/var/lib/dpkg/info/busybox-static.list"),
     ("chromium-headless-shell", "/usr/bin/chromium-headless-shell"),

@@ -58,18 +58,22 @@ pub(crate) struct Base<'a> {
     /// Checksum of the stand-in's archive.
     pub(crate) checksum: &'a str,
     pub(crate) unreachable: &'a Unreachable,
+    /// Repository to pull from instead.
+    pub(crate) mirror: Option<&'a str>,
 }
 
 impl Base<'_> {
     /// Whether a name in a Dockerfile means the managed base image.
     pub(crate) fn is_managed(&self, image: &str) -> bool {
-        let repository = image.split('@').next().unwrap_or(image);
-        // A colon before a slash belongs to the registry's port.
-        let repository = match repository.rsplit_once(':') {
-            Some((name, tag)) if !tag.contains('/') => name,
-            _ => repository,
-        };
-        self.repositories.iter().any(|name| name == repository)
+        self.repositories.iter().any(|name| name == repository_of(image))
+    }
+
+    /// Where an image is pulled from. A name with a digest is not given to what comes from elsewhere, so that is pulled under its own.
+    fn source(&self, image: &str) -> String {
+        match self.mirror {
+            Some(mirror) if !image.contains('@') => format!("{mirror}{}", &image[repository_of(image).len()..]),
+            _ => image.to_owned(),
+        }
     }
 
     /// Makes sure that the store has what a managed base image's name stands for. `fresh` asks the registry even if it has. Returns a line
@@ -79,17 +83,21 @@ impl Base<'_> {
         if let Some(id) = pulled.as_ref().filter(|_| !fresh) {
             return Ok(format!("Base image {image}: {id}, pulled earlier."));
         }
-        let reason = match self.unreachable.recent(image) {
+        let source = self.source(image);
+        let reason = match self.unreachable.recent(&source) {
             Some(reason) if !fresh => reason,
-            _ => match pull(sandbox, image, stop).await? {
+            _ => match pull(sandbox, &source, stop).await? {
                 Ok(()) => {
+                    if source != image {
+                        succeed("tag", sandbox.docker(&["tag", &source, image], stop).await?)?;
+                    }
                     let id = find(sandbox, image, stop).await?.map(|found| found.id).unwrap_or_default();
                     return Ok(format!("Base image {image}: {id}, pulled from its registry."));
                 }
                 Err(reason) if ANSWERS.iter().any(|answer| reason.contains(answer)) => {
                     return Err(BaseError::Missing { image: image.to_owned(), reason });
                 }
-                Err(reason) => self.unreachable.note(image, reason),
+                Err(reason) => self.unreachable.note(&source, reason),
             },
         };
         if let Some(id) = pulled {
@@ -106,6 +114,16 @@ impl Base<'_> {
         }
         succeed("tag", sandbox.docker(&["tag", &stand_in, image], stop).await?)?;
         Ok(format!("Base image {image}: Hearth's stand-in, made of Debian packages, because its registry cannot be reached ({reason})."))
+    }
+}
+
+/// An image's name without tag and digest.
+fn repository_of(image: &str) -> &str {
+    let repository = image.split('@').next().unwrap_or(image);
+    // A colon before a slash belongs to the registry's port.
+    match repository.rsplit_once(':') {
+        Some((name, tag)) if !tag.contains('/') => name,
+        _ => repository,
     }
 }
 

@@ -214,7 +214,12 @@ impl Build {
         stop: &Stop,
     ) -> Result<Built, BuildError> {
         let config = &self.workshop.config;
-        let base = Base { repositories: &config.base_names, checksum: &config.base.sha256, unreachable: &self.workshop.unreachable };
+        let base = Base {
+            repositories: &config.base_names,
+            checksum: &config.base.sha256,
+            unreachable: &self.workshop.unreachable,
+            mirror: config.registries.base_mirror.as_deref(),
+        };
         for image in images.iter().filter(|image| base.is_managed(image)) {
             let provided = base.provide(sandbox, image, self.request.no_cache, stop).await;
             self.say(self.unless_stopped(provided, stop)?).await;

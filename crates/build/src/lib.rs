@@ -110,6 +110,8 @@ pub struct Registries {
     pub insecure: Vec<String>,
     /// Registries on this host's loopback. Builds reach nothing else of the host.
     pub local: Vec<SocketAddr>,
+    /// Repository (`host:port/path`) that the managed base image is pulled from instead of its own.
+    pub base_mirror: Option<String>,
 }
 
 /// What an archive may hold, without what its `.dockerignore` names. A refusal says the settings by their names in the server's configuration.

@@ -126,7 +126,7 @@ impl DataDir {
         self.0.join("microvms")
     }
 
-    /// buildah's storage, unless the configuration names another.
+    /// The image builder's layers, unless the configuration names another.
     pub fn build_cache(&self) -> PathBuf {
         self.0.join("build-cache")
     }

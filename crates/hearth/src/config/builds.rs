@@ -9,6 +9,7 @@
 //! auth_file = "/root/.docker/config.json"
 //! insecure = ["registry.lan:5000"]
 //! local = ["127.0.0.1:5000"]
+//! base_mirror = "127.0.0.1:5000/lambda/microvms"
 //! ```
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -49,6 +50,8 @@ pub struct RegistriesConfig {
     pub insecure: Vec<String>,
     /// Registries on this host's loopback, which builds do not reach otherwise. None.
     pub local: Vec<SocketAddr>,
+    /// Repository that has the managed base image, such as `registry.lan:5000/lambda/microvms`; its own if there is none.
+    pub base_mirror: Option<String>,
 }
 
 impl RegistriesConfig {
@@ -59,6 +62,6 @@ impl RegistriesConfig {
 
     /// As the builder takes them.
     pub fn registries(&self) -> Registries {
-        Registries { auth_file: self.auth_file.clone(), insecure: self.insecure.clone(), local: self.local.clone() }
+        Registries { auth_file: self.auth_file.clone(), insecure: self.insecure.clone(), local: self.local.clone(), base_mirror: self.base_mirror.clone() }
     }
 }

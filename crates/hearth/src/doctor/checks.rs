@@ -23,7 +23,6 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("qemu-system-x86_64", "it runs the MicroVMs", "qemu-system-x86"),
     ("qemu-img", "it makes the MicroVMs' disks", "qemu-utils"),
     ("runc", "it isolates image builds from this host", "runc"),
-    ("mkfs.ext4", "it makes the images' file systems", "e2fsprogs"),
     ("nft", "it keeps the MicroVMs' networks apart", "nftables"),
     ("ip", "it makes the MicroVMs' networks", "iproute2"),
 ];
@@ -39,6 +38,9 @@ pub fn judge(facts: &Facts, config: &ServeConfig) -> Vec<Finding> {
         ip_forward(facts),
         kit(facts),
         disk(facts),
+    ]);
+    findings.extend(build_cache(facts, config));
+    findings.extend([
         memory(facts),
         forwarding(facts, config),
         endpoint_name(facts, config),
@@ -195,6 +197,19 @@ fn disk(facts: &Facts) -> Finding {
     }
 }
 
+/// Says what is there; it is kept within its limits by itself.
+fn build_cache(facts: &Facts, config: &ServeConfig) -> Option<Finding> {
+    let (place, usage) = facts.build_cache.as_ref()?;
+    let (mib, most, days) = (usage.bytes >> 20, config.build_cache.max_mib, config.build_cache.max_days);
+    Some(Finding {
+        name: "build cache",
+        verdict: Good,
+        found: format!("{mib} of {most} MiB, {} stores of layers in {}, used for {days} days", usage.stores, place.display()),
+        why: "",
+        fix: String::new(),
+    })
+}
+
 fn memory(facts: &Facts) -> Finding {
     let verdict = if facts.memory_available.is_some_and(|bytes| bytes >= GOOD_MEMORY) { Good } else { Warn };
     Finding {
@@ -346,6 +361,7 @@ mod tests {
             kit: Ok("0123456789ab".to_owned()),
             data_dir: "/data".into(),
             disk_free: Some(100 * GIB),
+            build_cache: None,
             memory_available: Some(8 * GIB),
             certificates: vec![("/tls/chain.pem".into(), Ok(certificate()))],
             https: Some(Ok(())),

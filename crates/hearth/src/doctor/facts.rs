@@ -9,6 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use hearth_build::CacheUsage;
 use hearth_ingress::{Chain, ChainFiles, any_endpoint};
 use hearth_machine::{
     kit::Kit,
@@ -28,7 +29,6 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "--version"),
     ("qemu-img", "--version"),
     ("runc", "--version"),
-    ("mkfs.ext4", "-V"),
     ("nft", "--version"),
     ("ip", "-V"),
 ];
@@ -58,6 +58,8 @@ pub struct Facts {
     pub data_dir: PathBuf,
     /// Bytes free there; `None` if that cannot be told.
     pub disk_free: Option<u64>,
+    /// What the layer cache of image builds holds, and where it is; `None` if it was not looked at or cannot be told.
+    pub build_cache: Option<(PathBuf, CacheUsage)>,
     /// Bytes of memory that programs can have; `None` if that cannot be told.
     pub memory_available: Option<u64>,
     /// The endpoints' certificates by their files, and what clients would find in them.
@@ -91,6 +93,7 @@ pub async fn gather(config: &ServeConfig, dir: &DataDir) -> Facts {
         kit,
         data_dir: dir.path().to_owned(),
         disk_free: disk_free(dir.path()),
+        build_cache: None,
         memory_available: fs::read_to_string("/proc/meminfo").ok().and_then(|text| parse_available(&text)),
         certificates: certificates(config, dir),
         https: https(config, dir),
@@ -98,6 +101,14 @@ pub async fn gather(config: &ServeConfig, dir: &DataDir) -> Facts {
         endpoint_name,
         ports: ports(config, dir),
     }
+}
+
+/// Measures the layer cache, which takes a moment where it holds many files.
+pub async fn build_cache(config: &ServeConfig, dir: &DataDir) -> Option<(PathBuf, CacheUsage)> {
+    let path = config.build_cache_dir.clone().unwrap_or_else(|| dir.build_cache());
+    let place = path.clone();
+    let usage = tokio::time::timeout(DEADLINE, tokio::task::spawn_blocking(move || hearth_build::cache_usage(&place))).await.ok()?.ok()?.ok()?;
+    Some((path, usage))
 }
 
 /// A certificate as clients judge it.
@@ -190,7 +201,7 @@ async fn version(program: &str, flag: &str) -> Option<String> {
     let mut command = tokio::process::Command::new(program);
     command.arg(flag).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(DEADLINE, command.output()).await.ok()?.ok()?;
-    // mkfs says its version on standard error.
+    // Some say their version on standard error.
     let said = if output.stdout.is_empty() { output.stderr } else { output.stdout };
     Some(String::from_utf8_lossy(&said).lines().next().unwrap_or_default().trim().to_owned())
 }

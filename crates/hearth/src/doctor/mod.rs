@@ -66,7 +66,9 @@ pub fn require(findings: Vec<Finding>) -> Result<(), Unfit> {
 
 /// `hearth doctor`: prints every finding. Exit code 1 if the server could not run.
 pub async fn run(config: ServeConfig, dir: DataDir) -> anyhow::Result<ExitCode> {
-    let findings = judge(&gather(&config, &dir).await, &config);
+    let (mut facts, build_cache) = tokio::join!(gather(&config, &dir), facts::build_cache(&config, &dir));
+    facts.build_cache = build_cache;
+    let findings = judge(&facts, &config);
     for finding in &findings {
         print!("{finding}");
     }
