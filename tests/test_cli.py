@@ -45,6 +45,20 @@ def test_a_failing_image_build_says_why_and_fails(server, tmp_path):
     server.hearth("image", "rm", "fails-by-hand")
 
 
+def test_image_build_another_platform_is_told_first(server, tmp_path):
+    (tmp_path / "Dockerfile").write_text(f"FROM {support.BASE_IMAGE}\nRUN false\n")
+    build = ("image", "build", str(tmp_path), "--name", "for-arm", "--platform")
+    answer = server.hearth(*build, "linux/arm64", timeout=support.BUILD_SECONDS)
+    assert answer.returncode == 1
+    assert "ARM_64 was asked for" in answer.stdout.splitlines()[0] and "(linux/amd64)" in answer.stdout.splitlines()[0]
+    arn = "arn:aws:lambda:us-east-1:000000000000:microvm-image:for-arm"
+    version = server.microvms.get_microvm_image_version(imageIdentifier=arn, imageVersion="1.0")
+    assert version["cpuConfigurations"] == [{"architecture": "ARM_64"}]
+    refused = server.hearth(*build, "windows/amd64")
+    assert refused.returncode == 2 and "linux/amd64 or linux/arm64" in refused.stderr
+    server.hearth("image", "rm", "for-arm")
+
+
 def test_a_directory_without_a_dockerfile_is_refused_before_anything_is_sent(server, tmp_path):
     answer = server.hearth("image", "build", str(tmp_path), "--name", "nothing")
     assert answer.returncode != 0 and "Dockerfile" in answer.stderr
