@@ -9,12 +9,14 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import http.server
 import io
 import json
 import re
 import socket
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,7 +86,7 @@ class TestNetwork:
             port = host.getsockname()[1]
             code = f'perl -MSocket -e \'socket(S,2,1,6); bind(S, sockaddr_in({port}, inet_aton("127.0.0.1"))) or die; listen(S,1); print "bound\\n"; fork or sleep 300\''
             log = built(server, "ports", f"FROM {support.BASE_IMAGE}\nRUN {code}\nRUN true; {code}\n")
-        assert log.count("\nbound") + log.startswith("bound") >= 2 or len(re.findall(r"^.*bound$", log, re.M)) == 2, log
+        assert len(re.findall(r"bound$", log, re.M)) == 2, log
 
     def test_address_on_the_host_that_an_image_is_from_is_not_asked(self, server):
         with listener() as host:
@@ -188,6 +190,33 @@ def registry(registry_program):
         yield start
 
 
+@contextlib.contextmanager
+def ecr(token: str):
+    """The Elastic Container Registry's API as far as logins go. It knows the caller by the key that signed."""
+    asked: list[tuple[str, str]] = []
+
+    class Api(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append((self.headers["X-Amz-Target"], self.headers["Authorization"]))
+            body = json.dumps({"authorizationData": [{"authorizationToken": base64.b64encode(token.encode()).decode()}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def shell() -> dict[str, bytes]:
     """A shell that needs nothing around it."""
     return {"bin/sh": Path("/bin/busybox").read_bytes()}
@@ -201,17 +230,45 @@ class TestRegistries:
         digest = private.push("tools/shell", "1", shell())
         with support.scratch() as directory:
             logins = directory / "logins.json"
-            logins.write_text(json.dumps({"auths": {private.address: {"auth": base64.b64encode(b"user:secret").decode()}}}))
+            port = private.address.rsplit(":", 1)[1]
+            login = {"auth": base64.b64encode(b"user:secret").decode()}
+            logins.write_text(json.dumps({"auths": {private.address: login, f"localhost:{port}": login}}))
             config = f'[registries]\nlocal = ["{private.address}"]\nauth_file = "{logins}"\n'
             with support.serving(config) as server:
                 log = built(server, "tagged", f"FROM {private.address}/tools/shell:1\nRUN echo pulled $PULLED\n")
                 assert "pulled yes" in log, log
-                port = private.address.rsplit(":", 1)[1]
                 log = built(server, "digest", f"ARG D={digest}\nFROM localhost:{port}/tools/shell@$D\nRUN echo digest $PULLED\n")
-                assert "digest yes" in log or "unauthorized" in log.lower() or "no basic auth" in log, log
+                assert "digest yes" in log, log
             with support.serving(f'[registries]\nlocal = ["{private.address}"]\n') as server:
                 log = built(server, "no-login", f"FROM {private.address}/tools/shell:1\nRUN echo pulled $PULLED\n")
                 assert "pulled yes" not in log, log
+
+    def test_image_of_a_private_registry_is_pulled_with_the_login_of_the_build_role(self, registry, tmp_path):
+        private = registry("from-the-role")
+        private.push("team/shell", "1", shell())
+        trust, policy = tmp_path / "trust", tmp_path / "policy"
+        principal = {"Effect": "Allow", "Principal": {"AWS": "000000000000"}, "Action": "sts:AssumeRole"}
+        trust.write_text(json.dumps({"Version": "2012-10-17", "Statement": principal}))
+        policy.write_text(json.dumps({"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "ecr:*", "Resource": "*"}}))
+        with support.serving() as cloud, ecr("user:from-the-role") as (endpoint, asked):
+            created = cloud.hearth("iam", "role", "create", "build", "--trust", str(trust), "--policy", str(policy))
+            assert created.returncode == 0, created.stderr
+            keys = cloud.connect
+            config = f"""[registries]
+local = ["{private.address}"]
+[roles.aws]
+access_key_id = "{keys["accessKeyId"]}"
+secret_access_key = "{keys["secretAccessKey"]}"
+endpoint = "{keys["api"]}"
+ecr_endpoint = "{endpoint}"
+ecr_registries = ["{private.address}"]
+"""
+            with support.serving(config) as server:
+                log = built(server, "private", f"FROM {private.address}/team/shell:1\nRUN echo role $PULLED\n")
+                assert "role yes" in log, log
+        (target, authorization), *_ = asked
+        assert target.endswith(".GetAuthorizationToken")
+        assert "/us-east-1/ecr/aws4_request" in authorization and keys["accessKeyId"] not in authorization, "the role signs, not the operator"
 
     def test_managed_base_is_pulled_once_from_its_mirror(self, registry):
         mirror = registry()

@@ -26,7 +26,7 @@ use crate::{
     dockerfile,
     process::{ProcessError, Stop, Stopped, run_captured, run_translated},
     progress::Progress,
-    registry,
+    registry::{self, Login},
     root::Root,
     sandbox::{Host, Sandbox, SandboxError, WorkDir, inside},
     stores::{Store, Stores},
@@ -145,7 +145,8 @@ impl Build {
             .await;
         }
         let mut uplink = self.request.uplink.take().ok_or_else(|| BuildError::Platform("the build has no network".into()))?;
-        let sandbox = self.start(&store, &work, uplink.as_mut(), stop).await?;
+        let logins = self.logins(&recipe.images).await;
+        let sandbox = self.start(&store, &work, uplink.as_mut(), &logins, stop).await?;
         let built = self.in_sandbox(&sandbox, &recipe.images, &work, uplink.as_mut(), stop).await;
         sandbox.end().await;
         // The network is needed until every process is gone.
@@ -181,8 +182,28 @@ impl Build {
         }
     }
 
+    /// Asks for the logins of the registries that the Dockerfile names. A build can do without: a registry may not want one.
+    async fn logins(&self, images: &[String]) -> Vec<Login> {
+        let mut logins = Vec::new();
+        let Some(source) = &self.request.logins else { return logins };
+        for registry in registry::registries(images) {
+            match source.login(registry).await {
+                Ok(login) => logins.extend(login),
+                Err(error) => self.say(format!("No login for the registry {registry}: {error}")).await,
+            }
+        }
+        logins
+    }
+
     /// Starts the sandbox; once more on an empty store if the daemon does not start on this one.
-    async fn start(&self, store: &Store, work: &WorkDir, uplink: &mut dyn Uplink, stop: &Stop) -> Result<Sandbox, BuildError> {
+    async fn start(
+        &self,
+        store: &Store,
+        work: &WorkDir,
+        uplink: &mut dyn Uplink,
+        logins: &[Login],
+        stop: &Stop,
+    ) -> Result<Sandbox, BuildError> {
         let config = &self.workshop.config;
         let host = Host {
             runtime_dir: config.cache_dir.join("runtime"),
@@ -192,7 +213,7 @@ impl Build {
             insecure_registries: config.registries.insecure.clone(),
             local_registries: config.registries.local.clone(),
         };
-        let auths = registry::auths(config.registries.auth_file.as_deref(), &self.request.registry_logins).await?;
+        let auths = registry::auths(config.registries.auth_file.as_deref(), logins).await?;
         let id = format!("hearth-build-{}", self.request.id);
         match Sandbox::start(&host, &id, store, work, uplink, auths.clone(), stop).await {
             Err(error @ (SandboxError::Start(_) | SandboxError::Slow)) => {

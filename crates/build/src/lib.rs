@@ -30,7 +30,7 @@ mod sandbox;
 mod stores;
 mod uplink;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;
@@ -38,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use builder::Builder;
 pub use error::{BuildError, PrepareError};
-pub use registry::Login;
+pub use registry::{Login, LoginError, Logins};
 pub use stores::{CacheLimits, CacheUsage, cache_usage};
 pub use uplink::{Connection, Uplink, UplinkError};
 
@@ -140,8 +140,8 @@ pub struct BuildRequest {
     pub no_cache: bool,
     /// Connects the build. `None` fails it.
     pub uplink: Option<Box<dyn Uplink>>,
-    /// Logins for registries that want them, beside the operator's.
-    pub registry_logins: Vec<Login>,
+    /// Who may know logins for registries, beside the operator's file.
+    pub logins: Option<Arc<dyn Logins>>,
     /// The zip archive.
     pub archive: PathBuf,
     /// Scratch directory; the builder makes it, and deletes it whatever happens.

@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use async_trait::async_trait;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 
@@ -25,6 +26,31 @@ impl std::fmt::Debug for Login {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Login").field("registry", &self.registry).field("user", &self.user).finish_non_exhaustive()
     }
+}
+
+/// Who may know a login for a registry.
+#[async_trait]
+pub trait Logins: std::fmt::Debug + Send + Sync {
+    /// A login for a registry that a Dockerfile names (`host` or `host:port`), if there is one.
+    async fn login(&self, registry: &str) -> Result<Option<Login>, LoginError>;
+}
+
+/// A login was not to be had.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct LoginError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
+
+/// The registries of images by their names, each once. Names without one are Docker Hub's.
+pub(crate) fn registries(images: &[String]) -> Vec<&str> {
+    let mut found: Vec<&str> = Vec::new();
+    for image in images {
+        let Some((registry, _)) = image.split_once('/') else { continue };
+        let is_host = registry.contains(['.', ':']) || registry == "localhost";
+        if is_host && !found.contains(&registry) {
+            found.push(registry);
+        }
+    }
+    found
 }
 
 /// The operator's file cannot be used.
@@ -58,6 +84,12 @@ async fn read(path: &Path) -> Result<Value, AuthFileError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn registries_of_images_are_hosts() {
+        let images = ["debian:12", "library/debian", "a.example/b/c:1", "a.example/d@sha256:0", "localhost/x", "localhost:5000/x"].map(str::to_owned);
+        assert_eq!(registries(&images), ["a.example", "localhost", "localhost:5000"]);
+    }
 
     #[tokio::test]
     async fn auths_of_the_operator_and_of_the_role_are_joined() {

@@ -14,6 +14,27 @@ pub trait Roles: Send + Sync {
 
     /// Whether a role's policy allows an action.
     fn allows(&self, role_arn: &str, action: &str, resource: &str) -> bool;
+
+    /// A login that a role has for a container registry (`host` or `host:port`); `None` if registries of that name take no roles.
+    async fn registry_login(&self, role_arn: &str, session_name: &str, registry: &str) -> Result<Option<RegistryLogin>, RoleError> {
+        let _ = (role_arn, session_name, registry);
+        Ok(None)
+    }
+}
+
+/// User and password for a container registry.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RegistryLogin {
+    /// User name.
+    pub user: String,
+    /// Password or token.
+    pub password: String,
+}
+
+impl fmt::Debug for RegistryLogin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RegistryLogin").field("user", &self.user).finish_non_exhaustive()
+    }
 }
 
 /// There are no credentials.

@@ -145,7 +145,7 @@ impl Fixture {
             account: "000000000000".to_owned(),
             no_cache: false,
             uplink: Some(Box::new(Nowhere)),
-            registry_logins: Vec::new(),
+            logins: None,
             archive,
             work_dir,
             rootfs,

@@ -41,7 +41,7 @@ use super::{
     checks::{Check, CheckError},
     endpoints, image_dir,
     shape::Shape,
-    uplink::BuildUplink,
+    uplink::{BuildUplink, RoleLogins},
     version_dir,
 };
 
@@ -199,7 +199,11 @@ impl Pipeline {
             account: self.image.account.clone(),
             no_cache: self.wants_no_cache().await?,
             uplink: Some(Box::new(BuildUplink::new(outlet, egress))),
-            registry_logins: Vec::new(),
+            logins: Some(Arc::new(RoleLogins {
+                roles: Arc::clone(&self.shared.roles),
+                role_arn: self.job.spec.build_role_arn.clone(),
+                session: format!("build-{}", self.job.build_id),
+            })),
             archive,
             work_dir: work.join("build"),
             rootfs: rootfs.to_owned(),

@@ -31,6 +31,10 @@ pub struct AwsConfig {
     pub secret_access_key: Option<String>,
     /// Of temporary credentials.
     pub session_token: Option<String>,
+    /// URL of the Elastic Container Registry's API. That of each registry's region.
+    pub ecr_endpoint: Option<String>,
+    /// Registries (`host:port`) that take its logins, beside `<account>.dkr.ecr.<region>.amazonaws.com`. None.
+    pub ecr_registries: Vec<String>,
 }
 
 /// Neither the secret nor the token gets into logs.

@@ -1,4 +1,5 @@
-//! Roles of an AWS account: `AssumeRole` of the Security Token Service, with the operator's keys (API version 2011-06-15).
+//! Roles of an AWS account: `AssumeRole` of the Security Token Service, with the operator's keys (API version 2011-06-15). With what that gives,
+//! build roles ask for logins of container registries ([`super::ecr`]).
 
 use std::{
     fmt,
@@ -8,10 +9,11 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use hearth_api::Signing;
-use hearth_control::roles::{Credentials, RoleError, Roles};
+use hearth_control::roles::{Credentials, RegistryLogin, RoleError, Roles};
 use http::{
-    Request, StatusCode, Uri,
+    HeaderValue, Request, StatusCode, Uri,
     header::{CONTENT_TYPE, HOST},
+    request::Builder,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -23,7 +25,10 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::{keys, seconds};
+use super::{
+    ecr::{self, Registry},
+    keys, seconds,
+};
 use crate::config::AwsConfig;
 
 const DEFAULT_REGION: &str = "us-east-1";
@@ -118,12 +123,7 @@ impl AwsRoles {
         let form: Vec<String> =
             form.iter().map(|(name, value)| format!("{name}={}", utf8_percent_encode(value, NON_ALPHANUMERIC))).collect();
         let body = form.join("&");
-        let host = self.endpoint.authority().map(|authority| authority.as_str()).unwrap_or_default();
-        let request = Request::post(self.endpoint.clone())
-            .header(HOST, host)
-            .header(CONTENT_TYPE, "application/x-www-form-urlencoded; charset=utf-8")
-            .body(())?;
-        let (mut parts, ()) = request.into_parts();
+        let request = Request::post(self.endpoint.clone()).header(CONTENT_TYPE, "application/x-www-form-urlencoded; charset=utf-8");
         let signing = Signing {
             access_key_id: &keys.access_key_id,
             secret_access_key: &keys.secret_access_key,
@@ -132,6 +132,24 @@ impl AwsRoles {
             service: "sts",
         };
         let now = SystemTime::now();
+        let (status, text) = self.exchange(request, body, signing, now).await?;
+        if status.is_success() { credentials(&text, now) } else { Err(refusal(status, &text)) }
+    }
+}
+
+impl AwsRoles {
+    /// Signs a request and sends it; the status and the text of the answer.
+    async fn exchange(
+        &self,
+        request: Builder,
+        body: String,
+        signing: Signing<'_>,
+        now: SystemTime,
+    ) -> Result<(StatusCode, String), CallError> {
+        let (mut parts, ()) = request.body(())?.into_parts();
+        let host = parts.uri.authority().map(|authority| authority.as_str()).unwrap_or_default();
+        let host = HeaderValue::from_str(host).map_err(http::Error::from)?;
+        parts.headers.insert(HOST, host);
         hearth_api::sign(&mut parts, body.as_bytes(), signing, now).map_err(http::Error::from)?;
         let exchange = async {
             let request = Request::from_parts(parts, Full::new(Bytes::from(body)));
@@ -141,8 +159,27 @@ impl AwsRoles {
             let body = body.map_err(|error| CallError::Transport(chain(error.as_ref())))?;
             Ok::<_, CallError>((status, String::from_utf8_lossy(&body.to_bytes()).into_owned()))
         };
-        let (status, text) = tokio::time::timeout(DEADLINE, exchange).await.map_err(|_| CallError::Late)??;
-        if status.is_success() { credentials(&text, now) } else { Err(refusal(status, &text)) }
+        tokio::time::timeout(DEADLINE, exchange).await.map_err(|_| CallError::Late)?
+    }
+
+    async fn ecr_login(&self, credentials: &Credentials, registry: &Registry) -> Result<RegistryLogin, CallError> {
+        let request = Request::post(registry.endpoint(self.config.ecr_endpoint.as_deref()))
+            .header(CONTENT_TYPE, "application/x-amz-json-1.1")
+            .header("x-amz-target", ecr::TARGET);
+        let signing = Signing {
+            access_key_id: &credentials.access_key_id,
+            secret_access_key: &credentials.secret_access_key,
+            session_token: Some(&credentials.session_token),
+            region: &registry.region,
+            service: "ecr",
+        };
+        let (status, text) = self.exchange(request, "{}".to_owned(), signing, SystemTime::now()).await?;
+        if status.is_success() {
+            ecr::login(&text).map_err(CallError::Answer)
+        } else {
+            let (code, message) = ecr::refusal(&text);
+            Err(CallError::Refused { status, code, message })
+        }
     }
 }
 
@@ -183,6 +220,13 @@ impl Roles for AwsRoles {
             }
             _ => RoleError::Failed(told(&error)),
         })
+    }
+
+    async fn registry_login(&self, role_arn: &str, session_name: &str, registry: &str) -> Result<Option<RegistryLogin>, RoleError> {
+        let Some(found) = Registry::of(registry, &self.config.ecr_registries, &self.region) else { return Ok(None) };
+        let credentials = self.assume(role_arn, session_name).await?;
+        let login = self.ecr_login(&credentials, &found).await;
+        login.map(Some).map_err(|error| RoleError::Failed(format!("GetAuthorizationToken of {role_arn} for {registry}: {error}")))
     }
 
     /// What the roles may do is AWS's to know; what is asked here is about this server's logs.

@@ -1,6 +1,7 @@
 //! Where the credentials of MicroVMs' execution roles and of build roles come from: this server's own roles, or an AWS account.
 
 mod aws;
+mod ecr;
 mod keys;
 
 use std::{
