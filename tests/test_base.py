@@ -92,7 +92,7 @@ EXPRESS = f"""FROM {support.BASE_IMAGE}
 RUN microdnf install -y nodejs npm shadow-utils && microdnf clean all
 RUN useradd --uid 1001 web
 WORKDIR /home/web
-COPY package.json server.js ./
+COPY --chown=web:web package.json server.js ./
 RUN npm install --omit=dev
 USER web
 EXPOSE 5000
@@ -149,7 +149,7 @@ FACTS = [
     ("dnf -qy install /usr/bin/strace && strace --version | head -n 1", "strace -- version"),
     ("dnf -qy swap curl-minimal curl && curl --version", "curl 7"),
     ("yum list installed zlib-devel", "zlib1g-dev"),
-    ("dnf -qy remove strace && command -v strace || echo strace is gone", "strace is gone"),
+    ("dnf -qy remove strace && test ! -e /usr/bin/strace && echo strace is gone", "strace is gone"),
     ("yum -qy update && echo updated", "updated"),
     ("dnf check-update; echo status $?", "status 0"),
     ("dnf clean all; find /var/lib/apt/lists /var/cache/apt -name '*_Packages' -o -name '*.deb' -o -name '*.bin' | wc -l", "0\n"),

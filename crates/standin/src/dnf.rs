@@ -27,7 +27,7 @@ const UPDATES: u8 = 100;
 /// A command fails.
 #[derive(Debug, thiserror::Error)]
 pub enum DnfError {
-    #[error("{0}")]
+    #[error(transparent)]
     Arguments(#[from] ArgumentError),
     #[error("This command has to be run with superuser privileges (under the root user on most systems).")]
     NotRoot,
@@ -37,13 +37,13 @@ pub enum DnfError {
     Refused(String, &'static str),
     #[error("{0} requires {1}")]
     Operands(&'static str, &'static str),
-    #[error("{0}")]
+    #[error(transparent)]
     Plan(#[from] PlanError),
     #[error("the table of names {path} cannot be read: {source}")]
     ReadTable { path: &'static str, source: io::Error },
     #[error("the table of names: {0}")]
     Table(#[from] TableError),
-    #[error("{0}")]
+    #[error(transparent)]
     Apt(#[from] AptError),
     #[error("Operation aborted.")]
     Aborted,

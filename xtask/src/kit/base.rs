@@ -100,7 +100,6 @@ impl Sources {
             command.arg(format!("--customize-hook=copy-in {} {LOCAL_CERTIFICATES}", path.display()));
         }
         command.arg("--customize-hook=chroot \"$1\" update-ca-certificates");
-        command.arg(format!("--customize-hook={DIVERSION}"));
         command.arg(format!("--customize-hook=sync-in {} /", additions.path().display()));
         // What the host lent for the making; the guest writes its own.
         command.arg("--customize-hook=rm -f \"$1\"/etc/resolv.conf \"$1\"/etc/hostname \"$1\"/var/cache/ldconfig/aux-cache");
@@ -127,6 +126,7 @@ impl Sources {
         // The image has one of its own.
         arguments.push("--skip=chroot/policy-rc.d".to_owned());
         arguments.push(format!("--customize-hook={USERS}"));
+        arguments.push(format!("--customize-hook={DIVERSION}"));
         arguments
     }
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use walkdir::WalkDir;
 
 /// The program that `dnf` and the others are.
 const PROGRAM: &str = "usr/lib/hearth/hearth-standin";
@@ -63,16 +64,24 @@ fn os_release(suite: &str, debian: &str) -> String {
     )
 }
 
-/// Puts everything into a directory.
+/// Puts everything into a directory. What may be done with it does not depend on this process's umask.
 pub fn write(directory: &Path, files: &[(&str, Entry)], program: &Path) -> Result<()> {
     for (path, entry) in files {
         put(&directory.join(path), entry)?;
     }
     let into = directory.join(PROGRAM);
-    fs::create_dir_all(into.parent().expect("it has a directory")).context("making a directory")?;
-    fs::copy(program, &into).with_context(|| format!("copying {}", program.display()))?;
+    let doing = || format!("copying {}", program.display());
+    fs::create_dir_all(into.parent().expect("it has a directory")).with_context(doing)?;
+    fs::copy(program, &into).with_context(doing)?;
+    fs::set_permissions(&into, PermissionsExt::from_mode(0o755)).with_context(doing)?;
     for command in COMMANDS {
         put(&directory.join("usr/bin").join(command), &Entry::Link(format!("/{PROGRAM}")))?;
+    }
+    for entry in WalkDir::new(directory) {
+        let entry = entry.context("looking for directories")?;
+        if entry.file_type().is_dir() {
+            fs::set_permissions(entry.path(), PermissionsExt::from_mode(0o755)).context("setting a directory's mode")?;
+        }
     }
     Ok(())
 }
@@ -122,5 +131,6 @@ mod tests {
         assert_eq!(fs::read_link(root.join("usr/bin/microdnf")).unwrap(), Path::new("/usr/lib/hearth/hearth-standin"));
         assert_eq!(fs::metadata(root.join("usr/sbin/policy-rc.d")).unwrap().permissions().mode() & 0o777, 0o755);
         assert!(root.join("etc/yum.repos.d").is_dir());
+        assert_eq!(fs::metadata(&root).unwrap().permissions().mode() & 0o777, 0o755);
     }
 }
