@@ -208,7 +208,7 @@ impl Resolver<'_> {
         let library =
             lower.strip_suffix("-libs").map_or_else(|| lower.clone(), |base| format!("lib{}", base.strip_prefix("lib").unwrap_or(base)));
         if library.starts_with("lib") {
-            return first(&[library.clone()]).or_else(|| found(vec![self.shared_library(&library)?]));
+            return first(std::slice::from_ref(&library)).or_else(|| found(vec![self.shared_library(&library)?]));
         }
         // Fedora writes many names with capitals, Debian none.
         (lower != name).then(|| self.debian(&lower)).flatten().map(|name| vec![name]).and_then(found)
