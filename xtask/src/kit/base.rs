@@ -116,7 +116,7 @@ impl Sources {
         arguments.push("--include=usr-is-merged".to_owned());
         arguments.push("--aptopt=APT::Install-Recommends \"false\"".to_owned());
         arguments.push("--aptopt=Acquire::Languages \"none\"".to_owned());
-        // Lists that stay in a layer take 10 MB instead of 50.
+        // Lists that stay in a layer take 19 MB instead of 52.
         arguments.push("--aptopt=Acquire::GzipIndexes \"true\"".to_owned());
         arguments.extend(TRIMMED.iter().chain([&PIP_REFUSAL]).map(|path| format!("--dpkgopt=path-exclude={path}")));
         // Licences stay with what they permit.
