@@ -17,6 +17,7 @@ import socket
 import subprocess
 import tarfile
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ MIRRORED = "lambda/microvms"
 
 
 def built(server, name: str, dockerfile: str, files: dict[str, str | bytes] | None = None, wanted: str = "CREATE_FAILED", **options) -> str:
-    """Builds an image to its end and returns its log."""
+    """Builds an image to its end and returns its log. No step is taken from the cache: earlier runs of the tests have used it too."""
+    dockerfile = re.sub(r"^(FROM .*)$", rf"\1\nENV RUN_OF_TESTS={uuid.uuid4()}", dockerfile, flags=re.MULTILINE)
     archive = support.zip_of({"Dockerfile": dockerfile, **(files or {})})
     uri = support.upload(server, f"{name}.zip", archive)
     arn = support.create_image(server, name, uri, **options)["imageArn"]
@@ -291,6 +293,7 @@ ecr_registries = ["{private.address}"]
 
 def test_builds_at_once_share_neither_ports_nor_layers():
     dockerfile = f"""FROM {support.BASE_IMAGE}
+ENV RUN_OF_TESTS={uuid.uuid4()}
 COPY tag /tag
 RUN perl -MSocket -e 'socket(S,2,1,6); bind(S, sockaddr_in(18441, inet_aton("127.0.0.1"))) or die; listen(S,1); sleep 3; print "my tag ", `cat /tag`'
 """
