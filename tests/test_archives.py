@@ -58,6 +58,7 @@ def of_windows(archive: zipfile.ZipFile, name: str, content: str) -> None:
     archive.writestr(info, content)
 
 
+@pytest.mark.compat("build.archive")
 class TestZips:
     def test_links_are_kept_and_ignored_paths_left_out(self, server, listing):
         data = io.BytesIO()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import botocore.exceptions
+import pg8000.exceptions
 import pg8000.native
 import pytest
 from websockets.sync.client import connect
@@ -25,7 +26,9 @@ import support
 from support import HEARTH, Answer, Microvm, Server
 
 DIRECTORY = Path(__file__).with_name("images")
-HEADER = ("image", "build s", "first answer s", "after a wake s")
+HEADER = ("image", "build s", "first answer s", "asked in vain", "after a wake s")
+# Longest time from a launch until a server that listens answers: some open their port before they are up.
+FIRST_ANSWER_SECONDS = 120
 
 
 class App:
@@ -245,10 +248,18 @@ def buildbot(app: App) -> Iterator[None]:
 
 
 def code_server(app: App) -> Iterator[None]:
-    page = app.ok("GET", "/?folder=/home/coder").text
-    assert "vscode-workbench-web-configuration" in page, page[:2000]
+    assert app.request("GET", "/").status == 302, "without a password there is only the login page"
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert app.request("POST", "/login", "password=wrong", form).status == 200
+    login = app.request("POST", "/login", "password=let-me-in", form)
+    assert login.status == 302, login.body[:2000]
+    session = {"Cookie": login.headers["Set-Cookie"].split(";")[0]}
+    assert "vscode-workbench-web-configuration" in app.ok("GET", "/?folder=/home/coder", headers=session).text
+    seen = app.ok("GET", "/healthz").json()["lastHeartbeat"]
+    assert seen > 0
     yield
-    assert app.ok("GET", "/healthz").json()["status"] in ("alive", "expired")
+    assert app.ok("GET", "/healthz").json()["lastHeartbeat"] == seen, "it remembers when somebody was there"
+    assert "vscode-workbench-web-configuration" in app.ok("GET", "/?folder=/home/coder", headers=session).text
 
 
 def get(path: str, headers: dict | None = None) -> Callable[[App], object]:
@@ -292,6 +303,13 @@ IMAGES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def server():
+    # A browser takes minutes to start on an emulated processor.
+    with support.serving("ready_timeout_seconds = 900\n") as server:
+        yield server
+
+
 def case(image: Image):
     marks = [pytest.mark.timeout(image.build_seconds + 600)] + [pytest.mark.long] * image.long
     return pytest.param(image, id=image.name, marks=marks)
@@ -319,7 +337,7 @@ def test_image(server: Server, image: Image, measured):
         microvm.wait("RUNNING")
         app = App(microvm, image.port)
         cleanup.callback(app.close)
-        image.ask(app)
+        vain = ask_until_it_answers(image, app)
         figures.append(time.monotonic() - started)
         story = image.story(app)
         next(story)
@@ -330,7 +348,21 @@ def test_image(server: Server, image: Image, measured):
         image.ask(app)
         figures.append(time.monotonic() - started)
         assert next(story, "over") == "over"
-        measured(HEADER, (image.name, *(f"{seconds:.2f}" for seconds in figures)))
+        build, first, woken = (f"{seconds:.2f}" for seconds in figures)
+        measured(HEADER, (image.name, build, first, str(vain), woken))
+
+
+def ask_until_it_answers(image: Image, app: App) -> int:
+    """How often a server was asked before it answered."""
+    deadline = support.Deadline(FIRST_ANSWER_SECONDS, f"{image.name} to answer")
+    vain = 0
+    while True:
+        try:
+            image.ask(app)
+            return vain
+        except (AssertionError, OSError, pg8000.exceptions.Error) as error:
+            vain += 1
+            deadline.tick(error, pause=0.2)
 
 
 def terminate(microvm: Microvm) -> None:
