@@ -179,6 +179,10 @@ def redis_says(app: App, command: str) -> str:
         return stream.readline().decode().rstrip()
 
 
+def ping(app: App) -> None:
+    assert redis_says(app, "PING") == "+PONG"
+
+
 JUPYTER = {"Authorization": "token let-me-in"}
 
 
@@ -288,14 +292,14 @@ class Image:
 IMAGES = [
     Image("gunicorn", 8000, gunicorn, get("/"), long=False),
     Image("uvicorn", 8000, uvicorn, get("/openapi.json")),
-    Image("puma", 9292, puma, get("/")),
+    Image("puma", 9292, puma, get("/"), long=False),
     Image("express", 3000, express, get("/")),
     Image("next", 3000, next_js, get("/"), memory=1024, build_seconds=1200),
-    Image("go", 8080, go, lambda app: app.request("GET", "/nothing"), long=False),
+    Image("go", 8080, go, lambda app: app.ok("PUT", "/asked", "")),
     Image("java", 8080, java, get("/add?0")),
     Image("nginx", 80, nginx, get("/"), long=False),
     Image("postgresql", 5432, postgresql, select),
-    Image("redis", 6379, redis, lambda app: redis_says(app, "PING"), long=False),
+    Image("redis", 6379, redis, ping, long=False),
     Image("code-server", 8080, code_server, get("/healthz"), memory=1024, build_seconds=1800),
     Image("jupyterlab", 8888, jupyterlab, get("/api/status", JUPYTER), memory=1024, build_seconds=900),
     Image("playwright", 3000, playwright, lambda app: app.ok("POST", "/evaluate", "1 + 1"), memory=2048, build_seconds=1200),
