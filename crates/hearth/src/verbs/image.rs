@@ -262,11 +262,16 @@ fn pack(dir: &Path, mut note: impl FnMut(&str)) -> anyhow::Result<File> {
         // A name that is not UTF-8 may be ignored like any other.
         let Ok(ignored) = judge.ignores(&relative.to_string_lossy(), || Ok::<_, Infallible>(()));
         if ignored && !always.contains(path) {
+            // A directory that may hold what is sent is sent too, for its mode.
             let needed = ignore.may_keep_below(&relative.to_string_lossy()) || always.iter().any(|kept| kept.starts_with(path));
-            if entry.file_type().is_dir() && !needed {
-                walk.skip_current_dir();
+            match (entry.file_type().is_dir(), needed) {
+                (true, true) => {}
+                (true, false) => {
+                    walk.skip_current_dir();
+                    continue;
+                }
+                (false, _) => continue,
             }
-            continue;
         }
         let name = std::str::from_utf8(relative.as_os_str().as_bytes()).with_context(what)?;
         let metadata = entry.metadata().with_context(what)?;
@@ -350,6 +355,8 @@ mod tests {
         os::unix::{fs::symlink, net::UnixListener},
     };
 
+    use zip::HasZipMetadata;
+
     use super::*;
 
     fn packed(dir: &Path) -> anyhow::Result<(Vec<u8>, Vec<String>)> {
@@ -375,15 +382,18 @@ mod tests {
         fs::set_permissions(dir.path().join("bin/run"), Permissions::from_mode(0o755)).unwrap();
         symlink("bin/run", dir.path().join("start")).unwrap();
         symlink("/etc", dir.path().join("out")).unwrap();
+        fs::write(dir.path().join("back\\slash"), "").unwrap();
 
         let (first, _) = packed(dir.path()).unwrap();
         File::open(dir.path().join("Dockerfile")).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
         assert_eq!(packed(dir.path()).unwrap().0, first);
 
-        assert_eq!(names(&first), ["Dockerfile", "bin/", "bin/run", "out", "start"]);
+        assert_eq!(names(&first), ["Dockerfile", "back\\slash", "bin/", "bin/run", "out", "start"]);
         let mut archive = zip::ZipArchive::new(io::Cursor::new(first)).unwrap();
         assert_eq!(archive.by_name("bin/run").unwrap().unix_mode().unwrap() & 0o777, 0o755);
         assert!(archive.by_name("start").unwrap().is_symlink());
+        // In names that were made on Unix, a backslash separates nothing.
+        assert!(matches!(archive.by_name("back\\slash").unwrap().get_metadata().system, zip::System::Unix));
         let mut target = String::new();
         archive.by_name("out").unwrap().read_to_string(&mut target).unwrap();
         assert_eq!(target, "/etc");
@@ -392,7 +402,7 @@ mod tests {
     #[test]
     fn pack_ignored_paths_are_not_sent_or_looked_at() {
         let dir = tempfile::tempdir().unwrap();
-        for name in [".venv/lib", "docs", "src/app", "src/other"] {
+        for name in [".venv/lib", "doc/empty", "docs", "src/app", "src/other"] {
             fs::create_dir_all(dir.path().join(name)).unwrap();
         }
         for name in ["Dockerfile", ".venv/lib/x.py", "docs/README.md", "docs/other.md", "src/app/main.py", "src/other/x"] {
@@ -400,10 +410,10 @@ mod tests {
         }
         symlink("/usr/bin/python3", dir.path().join(".venv/python")).unwrap();
         nix::unistd::mkfifo(&dir.path().join(".venv/pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let written = ".venv\nDockerfile\n.dockerignore\nsrc\n!src/app\ndocs\n!**/README.md\n";
+        let written = ".venv\nDockerfile\n.dockerignore\ndoc\nsrc\n!src/app\ndocs\n!docs/README.md\n";
         fs::write(dir.path().join(".dockerignore"), written).unwrap();
         let sent = names(&packed(dir.path()).unwrap().0);
-        assert_eq!(sent, [".dockerignore", "Dockerfile", "docs/README.md", "src/app/", "src/app/main.py"]);
+        assert_eq!(sent, [".dockerignore", "Dockerfile", "docs/", "docs/README.md", "src/", "src/app/", "src/app/main.py"]);
 
         fs::write(dir.path().join("Dockerfile.dockerignore"), "*\n").unwrap();
         assert_eq!(names(&packed(dir.path()).unwrap().0), [".dockerignore", "Dockerfile", "Dockerfile.dockerignore"]);
@@ -412,7 +422,7 @@ mod tests {
         fs::rename(dir.path().join("Dockerfile"), dir.path().join("docker/File")).unwrap();
         symlink("docker/File", dir.path().join("Dockerfile")).unwrap();
         let sent = names(&packed(dir.path()).unwrap().0);
-        assert_eq!(sent, [".dockerignore", "Dockerfile", "Dockerfile.dockerignore", "docker/File"]);
+        assert_eq!(sent, [".dockerignore", "Dockerfile", "Dockerfile.dockerignore", "docker/", "docker/File"]);
 
         fs::write(dir.path().join("Dockerfile.dockerignore"), "\n[\n").unwrap();
         assert!(refusal(dir.path()).contains("Dockerfile.dockerignore: line 2: the pattern \"[\" is malformed"));
