@@ -168,7 +168,7 @@ async fn end(pump: &mut Pump) -> Called {
         match pump.next().await {
             Some(MachineEvent::AppExited(status)) => return Called::AppExited(status),
             Some(MachineEvent::Died { reason }) => return Called::Died(reason),
-            Some(MachineEvent::Listening(_) | MachineEvent::Log(_) | MachineEvent::DiskFailed { .. }) => {}
+            Some(MachineEvent::Listening(_) | MachineEvent::Activity(_) | MachineEvent::Log(_) | MachineEvent::DiskFailed { .. }) => {}
             None => return Called::Died("its events ended".to_owned()),
         }
     }

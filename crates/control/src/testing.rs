@@ -14,7 +14,7 @@ use std::{
 
 use async_trait::async_trait;
 use hearth_build::{BuildError, BuildRequest, Built, ImageBuilder, ImageConfig};
-use hearth_guest_protocol::{App, BOOT_MARKER, ExitStatus, HookCall, HookReply, LogRecord, LogSource, Network};
+use hearth_guest_protocol::{Activity, App, BOOT_MARKER, ExitStatus, HookCall, HookReply, LogRecord, LogSource, Network};
 use hearth_machine::{
     BootError, BootSpec, CaptureError, Dial, DialError, Egress, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
     LaunchSource, LaunchSpec, Machine, MachineEvent, NetworkError, Outlet, Platform, Snapshot, SnapshotManifest, SuspendError,
@@ -131,7 +131,7 @@ impl FakeEngine {
             fail_launch: AtomicBool::new(false),
             fail_suspend: AtomicBool::new(false),
             fail_capture: AtomicBool::new(false),
-            script: Mutex::new(vec![MachineEvent::Listening(8080)]),
+            script: Mutex::new(vec![MachineEvent::Listening(8080), at_rest()]),
             app: Mutex::default(),
             egress: Mutex::default(),
             services: Mutex::default(),
@@ -584,6 +584,10 @@ pub fn run(name: &str, idle_policy: Option<IdlePolicy>) -> RunMicrovm {
 
 pub fn log_line(text: &str) -> MachineEvent {
     MachineEvent::Log(LogRecord { source: LogSource::Stdout, time_ns: 1_000_000, line: text.as_bytes().to_vec(), dropped: 0 })
+}
+
+pub fn at_rest() -> MachineEvent {
+    MachineEvent::Activity(Activity::AtRest)
 }
 
 pub fn exited(code: i32) -> MachineEvent {

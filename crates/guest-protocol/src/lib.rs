@@ -14,6 +14,7 @@
 //!  │── HostMessage::Start ─────────────────▶│  once, at image build
 //!  │◀─────────────── GuestMessage::Started ─│
 //!  │◀───────────── GuestMessage::Listening ─│  a TCP port of the app begins to accept connections
+//!  │◀────────────── GuestMessage::Activity ─│  the app's container has come to rest, or is busy again; until the capture
 //!  │◀──────────────── GuestMessage::Exited ─│  the app's main process ended
 //!  │── HostMessage::Detach { marker, … } ──▶│  before capture and suspend: the guest freezes the app, drops the session in the middle of whatever it does …
 //!  │◀─────────────────────────────── marker ─│  … and says so with raw bytes; the host discards everything before them
@@ -35,15 +36,15 @@ pub mod wire;
 pub use carrier::Carrier;
 pub use marker::{BOOT_MARKER, Marker, MarkerTrigger, MarkerWatch, await_marker, new_marker};
 pub use message::{
-    App, CopyInput, CopyOutput, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, FileKind, GuestMessage, Hello,
-    HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Parting, Ready, StreamHeader,
-    TerminalSize,
+    Activity, App, CopyInput, CopyOutput, Credentials, DialReply, Exec, ExecInput, ExecOutput, ExitStatus, FileCopy, FileKind,
+    GuestMessage, Hello, HookCall, HookReply, HostMessage, LogRecord, LogSource, MetadataReply, MetadataRequest, Network, Parting, Ready,
+    StreamHeader, TerminalSize,
 };
 pub use mux::{Mux, MuxError, Stream};
 pub use wire::{WireError, read_message, write_message, write_messages};
 
 /// Version of this protocol. A host refuses a guest that speaks another one: the image must be rebuilt with the present guest kit.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Name of the virtio-serial port: `/dev/virtio-ports/hearth` where udev runs, `/sys/class/virtio-ports/*/name` everywhere.
 pub const PORT_NAME: &str = "hearth";

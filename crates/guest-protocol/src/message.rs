@@ -108,6 +108,9 @@ pub enum GuestMessage {
         /// TCP port.
         port: u16,
     },
+    /// The application's container has come to rest, or is busy again. It begins busy. Sent at each change until the first `Detach` after
+    /// `Start`.
+    Activity(Activity),
     /// The application's main process ended. Sent again at the start of each later session.
     Exited(ExitStatus),
     /// Instead of [`GuestMessage::Ready`]: what `Hello` said could not be taken over, and the application stands still.
@@ -115,6 +118,15 @@ pub enum GuestMessage {
         /// Which part, and why.
         reason: String,
     },
+}
+
+/// Whether the application's container does anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Activity {
+    /// Its processes use the processor, the disk or the network.
+    Busy,
+    /// Its processes have hardly used them for a moment.
+    AtRest,
 }
 
 /// How the main process ended.

@@ -92,7 +92,7 @@ fn memory_limit(meminfo: &str) -> u64 {
 }
 
 /// A number in a file of lines `name number`; 0 if it is not there.
-fn counter(text: &str, name: &str) -> u64 {
+pub fn counter(text: &str, name: &str) -> u64 {
     let mut fields = text.lines().map(str::split_whitespace);
     fields.find_map(|mut fields| fields.next().filter(|first| *first == name).and(fields.next())?.parse().ok()).unwrap_or(0)
 }

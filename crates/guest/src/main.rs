@@ -25,6 +25,7 @@ mod logs;
 mod metadata;
 mod network;
 mod port;
+mod rest;
 mod session;
 mod splice;
 mod trim;

@@ -34,6 +34,7 @@ use crate::{
     metadata::Metadata,
     network,
     port::Port,
+    rest::Counters,
     trim,
 };
 
@@ -285,6 +286,7 @@ impl Guest {
             Ok((pid, watch)) => {
                 write_message(writer, &GuestMessage::Started { pid: pid.as_raw().unsigned_abs() }).await?;
                 tasks.spawn(announce_listeners(watch, news.clone()));
+                tasks.spawn(announce_activity(news.clone()));
                 Ok(())
             }
             Err(error) => write_message(writer, &GuestMessage::StartFailed { reason: error.to_string() }).await,
@@ -386,6 +388,22 @@ async fn announce_listeners(watch: Watch, news: mpsc::Sender<GuestMessage>) {
     let (watched, ()) = tokio::join!(watch.run(sender), forward);
     if let Err(error) = watched {
         eprintln!("hearth-guest: watching for listeners: {error}");
+    }
+}
+
+async fn announce_activity(news: mpsc::Sender<GuestMessage>) {
+    let (sender, mut changes) = mpsc::channel(1);
+    let forward = async {
+        while let Some(activity) = changes.recv().await {
+            if news.send(GuestMessage::Activity(activity)).await.is_err() {
+                return;
+            }
+        }
+    };
+    let (watched, ()) = tokio::join!(Counters::of_the_application().watch(sender), forward);
+    if let Err(error) = watched {
+        // The host then waits no longer than it has patience.
+        eprintln!("hearth-guest: watching for rest: {error}");
     }
 }
 

@@ -213,8 +213,14 @@ impl Session {
         self.message().await
     }
 
+    /// The next message but for those that tell of the container's activity, which come at any time.
     async fn message(&mut self) -> GuestMessage {
-        timeout(PATIENCE, read_message(&mut self.control)).await.expect("the guest says something").unwrap()
+        loop {
+            match timeout(PATIENCE, read_message(&mut self.control)).await.expect("the guest says something").unwrap() {
+                GuestMessage::Activity(_) => {}
+                message => return message,
+            }
+        }
     }
 
     async fn line(&mut self) -> LogRecord {

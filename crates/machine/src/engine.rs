@@ -15,7 +15,9 @@ use std::{
 };
 
 use async_trait::async_trait;
-use hearth_guest_protocol::{App, Exec, ExitStatus, FileCopy, HookCall, HookReply, LogRecord, MetadataReply, MetadataRequest, Network};
+use hearth_guest_protocol::{
+    Activity, App, Exec, ExitStatus, FileCopy, HookCall, HookReply, LogRecord, MetadataReply, MetadataRequest, Network,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
@@ -176,6 +178,8 @@ impl GuestServices for NoServices {
 pub enum MachineEvent {
     /// The application began to listen on a TCP port. Only between `start_app` and `capture`.
     Listening(u16),
+    /// The application's container has come to rest, or is busy again. It begins busy. Only between `start_app` and `capture`.
+    Activity(Activity),
     /// The application's main process ended.
     AppExited(ExitStatus),
     /// The host could not read or write the machine's disk, and the guest was told so: an I/O error. Once in a life.

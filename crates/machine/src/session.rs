@@ -244,6 +244,7 @@ async fn read_control(
                 continue;
             }
             GuestMessage::Listening { port } => MachineEvent::Listening(port),
+            GuestMessage::Activity(activity) => MachineEvent::Activity(activity),
             GuestMessage::Exited(status) => MachineEvent::AppExited(status),
             GuestMessage::Ready(_) | GuestMessage::NotReady { .. } | GuestMessage::AskTime => continue,
         };

@@ -254,7 +254,7 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
             MachineEvent::Log(record) if record.source != LogSource::System => {
                 lines.push(String::from_utf8(record.line).unwrap());
             }
-            MachineEvent::Log(_) => {}
+            MachineEvent::Log(_) | MachineEvent::Activity(_) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -303,7 +303,7 @@ async fn a_machine_keeps_its_memory_and_disk_through_its_life() {
     let status = loop {
         match timeout(PATIENCE, events.recv()).await.expect("the exit is reported").unwrap() {
             MachineEvent::AppExited(status) => break status,
-            MachineEvent::Log(_) => {}
+            MachineEvent::Log(_) | MachineEvent::Activity(_) => {}
             other => panic!("{other:?}"),
         }
     };

@@ -1,7 +1,7 @@
 //! One build, from the artifact to the snapshot: fetch ▸ build the root file system ▸ boot ▸ start the app ▸ wait until it is ready ▸ capture ▸
 //! validate on a clone.
 //!
-//! Ready is what the app's `/ready` hook says; without one, when it listens on a port.
+//! Ready is what the app's `/ready` hook says; without one, when it listens and has come to rest ([`super::readiness`]).
 
 use std::{
     collections::BTreeMap,
@@ -17,17 +17,14 @@ use hearth_machine::{
     BootError, BootSpec, CaptureError, Egress, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot,
 };
 use hearth_objects::ObjectUri;
-use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout_at},
-};
+use tokio::{sync::mpsc, time::timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     architecture::notice,
     arn::{ImageArn, endpoint_name},
     error::ControlError,
-    hooks::{Hook, Hooks, iso_8601},
+    hooks::{Hook, Hooks},
     logs::{LogLine, LogOrigin, LogWriter},
     pump::Pump,
     records::{millis, version_name},
@@ -40,6 +37,7 @@ use super::{
     advice::app_exited,
     checks::{Check, CheckError},
     endpoints, image_dir,
+    readiness::{Readiness, Verdict},
     shape::Shape,
     uplink::{BuildUplink, RoleLogins},
     version_dir,
@@ -321,33 +319,28 @@ impl Pipeline {
         if self.hooks.timeout(Hook::Ready).is_some() {
             return self.check(Hook::Ready, machine, pump).await;
         }
-        self.wait_until_it_listens(pump, &config.exposed_ports).await
+        self.wait_for_rest(pump, Readiness::new(&config.exposed_ports, self.shared.settings.ready_timeout)).await
     }
 
-    async fn wait_until_it_listens(&self, pump: &mut Pump, exposed: &[u16]) -> Result<(), String> {
-        let limit = self.shared.settings.ready_timeout;
-        let deadline = Instant::now() + limit;
+    async fn wait_for_rest(&self, pump: &mut Pump, mut readiness: Readiness) -> Result<(), String> {
         loop {
-            match timeout_at(deadline, pump.next()).await {
-                Ok(Some(MachineEvent::Listening(port))) if exposed.is_empty() || exposed.contains(&port) => {
-                    self.say(format!("The application listens on port {port}.")).await;
+            let until = match readiness.verdict() {
+                Verdict::Ready(why) => {
+                    self.say(why).await;
                     return Ok(());
                 }
-                Ok(Some(MachineEvent::Listening(port))) => {
-                    self.say(format!(
-                        "The application listens on port {port}, which the image does not EXPOSE; waiting for one of {exposed:?}."
-                    ))
-                    .await;
-                }
+                Verdict::Failed(reason) => return Err(reason),
+                Verdict::Wait(until) => until,
+            };
+            match timeout_at(until, pump.next()).await {
+                Ok(Some(MachineEvent::Listening(port))) => self.say(readiness.listening(port)).await,
+                Ok(Some(MachineEvent::Activity(activity))) => readiness.activity(activity),
                 Ok(Some(MachineEvent::AppExited(status))) => return Err(app_exited(status)),
                 Ok(Some(MachineEvent::Died { reason })) => return Err(self.host_failed(&reason).await),
                 Ok(Some(MachineEvent::DiskFailed { full: true })) => return Err(DISK_FULL.to_owned()),
                 Ok(Some(MachineEvent::DiskFailed { full: false })) => return Err(self.host_failed(&"the host's disk failed").await),
-                Ok(Some(MachineEvent::Log(_))) => {}
+                Ok(Some(MachineEvent::Log(_))) | Err(_) => {}
                 Ok(None) => return Err(self.host_failed(&"the machine's events ended").await),
-                Err(_elapsed) => {
-                    return Err(format!("The application did not accept connections on an exposed port within {}.", iso_8601(limit)));
-                }
             }
         }
     }

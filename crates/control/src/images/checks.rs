@@ -76,7 +76,9 @@ impl Check<'_> {
             match timeout_at(until, pump.next()).await {
                 Err(_elapsed) => return Ok(()),
                 Ok(Some(MachineEvent::Listening(port))) if port == self.hooks.port() => return Ok(()),
-                Ok(Some(MachineEvent::Listening(_) | MachineEvent::DiskFailed { .. } | MachineEvent::Log(_))) => {}
+                Ok(Some(
+                    MachineEvent::Listening(_) | MachineEvent::Activity(_) | MachineEvent::DiskFailed { .. } | MachineEvent::Log(_),
+                )) => {}
                 Ok(Some(MachineEvent::AppExited(status))) => {
                     return Err(CheckError::App(app_exited(status)));
                 }

@@ -3,13 +3,14 @@
 use std::sync::atomic::Ordering;
 
 use futures::StreamExt;
+use hearth_guest_protocol::Activity;
 use hearth_machine::MachineEvent;
 
 use crate::{
     Architecture, Architectures, CapacitySettings, ControlError, GuestSize,
     logs::{LogGroup, build_streams},
     plane::ControlPlane,
-    testing::{Frozen, HookAnswer, World, caller, create, exited, image_arn, log_line, run, spec, within},
+    testing::{Frozen, HookAnswer, World, at_rest, caller, create, exited, image_arn, log_line, run, spec, within},
     types::{BuildState, CreateImage, ImageState, MicrovmState, PageRequest, UpdateImage, VersionState, VersionStatus},
 };
 
@@ -40,7 +41,7 @@ async fn failed(world: &World, name: &str) -> String {
 #[tokio::test]
 async fn an_image_is_built() {
     let world = World::new().await;
-    *world.engine.script.lock().unwrap() = vec![log_line("hello"), MachineEvent::Listening(8080)];
+    *world.engine.script.lock().unwrap() = vec![log_line("hello"), MachineEvent::Listening(8080), at_rest()];
     let (image, version) = world.control.create_image(&caller(), create("demo")).await.unwrap();
     assert_eq!((image.state, version.version.as_str(), version.status), (ImageState::Creating, "1.0", VersionStatus::Inactive));
     assert_eq!(version.spec.egress_network_connectors.len(), 1);
@@ -156,10 +157,8 @@ async fn apps_that_do_not_become_ready() {
     assert_eq!(failed(&world, "unstartable").await, "The application could not be started: no such file");
 }
 
-#[tokio::test]
-async fn an_app_that_never_listens_where_it_should() {
-    let world = World::new().await;
-    world.builder.config.lock().unwrap().exposed_ports = vec![5000];
+/// Creates an image, and returns when its build log has a line with this text. The clock stands still then.
+async fn waited_for(world: &World, text: &str) -> Frozen {
     let clock = Frozen::now();
     world.control.create_image(&caller(), create("demo")).await.unwrap();
     within("the app to be waited for", async {
@@ -167,18 +166,59 @@ async fn an_app_that_never_listens_where_it_should() {
         let builds = world.control.list_builds(&caller(), &image_arn("demo"), "1.0", PageRequest::default()).await.unwrap();
         let [_, console] = build_streams(builds.items[0].created_at, "1.0", &builds.items[0].id);
         let mut log = world.logs.follow(&group, &console, 0);
-        while !log.next().await.unwrap().text.contains("which the image does not EXPOSE") {}
+        while !log.next().await.unwrap().text.contains(text) {}
     })
     .await;
+    clock
+}
+
+#[tokio::test]
+async fn build_of_busy_app_that_never_listens_fails_at_the_limit() {
+    let world = World::new().await;
+    world.builder.config.lock().unwrap().exposed_ports = vec![5000];
+    *world.engine.script.lock().unwrap() = vec![at_rest(), MachineEvent::Activity(Activity::Busy)];
+    let clock = waited_for(&world, "Starting").await;
     clock.pass(301).await;
     assert_eq!(failed(&world, "demo").await, "The application did not accept connections on an exposed port within PT5M.");
+}
+
+#[tokio::test]
+async fn build_of_busy_app_that_listens_goes_on_after_a_minute() {
+    let world = World::new().await;
+    *world.engine.script.lock().unwrap() = vec![MachineEvent::Listening(8080)];
+    let clock = waited_for(&world, "listens on port 8080").await;
+    clock.pass(59).await;
+    assert!(!world.engine.told().contains(&"capture".to_owned()), "it may still be loading");
+    clock.pass(2).await;
+    assert_eq!(world.settled("demo").await.state, ImageState::Created);
+    assert!(build_log(&world, "demo").await.iter().any(|line| line.contains("has not come to rest within PT1M")));
+}
+
+#[tokio::test]
+async fn build_of_app_at_rest_on_another_port_goes_on_after_seconds() {
+    let world = World::new().await;
+    world.builder.config.lock().unwrap().exposed_ports = vec![5000];
+    *world.engine.script.lock().unwrap() = vec![at_rest(), MachineEvent::Listening(9)];
+    let clock = waited_for(&world, "listens on port 9, which the image does not EXPOSE").await;
+    clock.pass(6).await;
+    assert_eq!(world.settled("demo").await.state, ImageState::Created);
+    let log = build_log(&world, "demo").await;
+    assert!(log.iter().any(|line| line.contains("listens on 9, although the image EXPOSEs 5000")), "{log:?}");
+}
+
+#[tokio::test]
+async fn build_of_app_that_exits_at_rest_fails() {
+    let world = World::new().await;
+    *world.engine.script.lock().unwrap() = vec![at_rest(), exited(0)];
+    world.build("demo").await;
+    assert_eq!(failed(&world, "demo").await, "Container Stopped with Exit Code: 0");
 }
 
 #[tokio::test]
 async fn an_exposed_port_among_others_is_enough() {
     let world = World::new().await;
     world.builder.config.lock().unwrap().exposed_ports = vec![5000, 5001];
-    *world.engine.script.lock().unwrap() = vec![MachineEvent::Listening(9), MachineEvent::Listening(5001)];
+    *world.engine.script.lock().unwrap() = vec![MachineEvent::Listening(9), MachineEvent::Listening(5001), at_rest()];
     assert_eq!(world.build("demo").await.state, ImageState::Created);
 }
 

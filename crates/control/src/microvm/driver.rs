@@ -246,7 +246,7 @@ impl Driver {
         match event {
             MachineEvent::AppExited(status) => self.consider_alone(Message::AppExited(status)).await,
             MachineEvent::Died { reason } => self.consider_alone(Message::Died(reason)).await,
-            MachineEvent::Listening(_) | MachineEvent::Log(_) | MachineEvent::DiskFailed { .. } => {}
+            MachineEvent::Listening(_) | MachineEvent::Activity(_) | MachineEvent::Log(_) | MachineEvent::DiskFailed { .. } => {}
         }
     }
 
