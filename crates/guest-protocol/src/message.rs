@@ -76,7 +76,8 @@ pub enum HostMessage {
 pub enum Parting {
     /// This life goes on, now or later.
     Pause,
-    /// A snapshot is to be taken that every clone will carry: first drop caches, and fill with zeros the memory that nobody uses any more.
+    /// A snapshot is to be taken that every clone will carry: first give back files that were not used lately, and fill with zeros the memory
+    /// that nobody uses any more.
     Capture {
         /// How many bytes of its memory the machine has touched so far: the rest is zero already.
         touched: u64,

@@ -1,5 +1,9 @@
-//! Makes memory that nobody uses cheap to keep, before a snapshot is taken: caches are dropped, and free pages are filled with zeros, which a
-//! snapshot holds as holes. What the application maps stays where it is.
+//! Makes memory that nobody uses cheap to keep, before a snapshot is taken: what has been read from files and not used for longest is given
+//! back, and free pages are filled with zeros, which a snapshot holds as holes.
+//!
+//! The page cache holds what the application has read since its start. The pages that it maps are its program and libraries: a clone that
+//! lacked them would read them from its disk, one after another, before its first answer. Other pages are files that it has read, the last ones
+//! perhaps for a request that warmed it up. All of the former stay, and as much of the latter as is read quickly.
 //!
 //! The kernel hands out zeroed pages; taking the free memory and giving it back leaves zeros. The kernel could zero pages as they are freed
 //! (`init_on_free=1`), but would then touch all of the memory at every boot, and write to it on behalf of every clone.
@@ -27,8 +31,8 @@ const RESERVE: u64 = 2 << 20;
 /// the host's memory until the snapshot has been written.
 const BEYOND: u64 = 2 << 30;
 
-/// Bytes of mapped files that are given back.
-const MAPPED_FILES: u64 = 4 << 20;
+/// Bytes of files that stay in the page cache although no process maps them.
+const UNMAPPED_FILES: u64 = 32 << 20;
 
 /// What the kernel keeps free: for those who can use no other zone, for those who cannot wait, and for time to find more. Little of it, for
 /// a moment.
@@ -57,9 +61,7 @@ pub enum TrimError {
 /// Trims. `touched` is how many bytes of its memory the machine has touched so far.
 pub fn trim(touched: u64) -> Result<(), TrimError> {
     nix::unistd::sync();
-    // Clean pages of files that nobody maps, directory entries and inodes.
-    set("/proc/sys/vm/drop_caches", "3")?;
-    reclaim_unused_files();
+    reclaim_files(Path::new(cgroup::APP));
     let reserves = RESERVES.map(|(path, value)| Changed::new(path, value));
     let taken = take_free_memory(touched);
     for reserve in reserves {
@@ -68,11 +70,21 @@ pub fn trim(touched: u64) -> Result<(), TrimError> {
     Ok(taken?)
 }
 
-/// Gives back some pages of mapped files, those first that were read only because they lie beside others. A clone reads from its disk again
-/// what it needs of them.
-fn reclaim_unused_files() {
-    // The kernel says so when it found less. Then there was less to find.
-    let _ = fs::write(Path::new(cgroup::APP).join("memory.reclaim"), MAPPED_FILES.to_string());
+/// Gives back what a control group has in the page cache beyond [`UNMAPPED_FILES`] and the pages that are mapped. The kernel begins with pages
+/// that were read once, the oldest first, and takes mapped ones only when they have not been used for long.
+fn reclaim_files(group: &Path) {
+    let excess = fs::read_to_string(group.join("memory.stat")).map_or(0, |stat| unmapped_bytes(&stat).saturating_sub(UNMAPPED_FILES));
+    if excess > 0 {
+        // The kernel says so when it found less. Then there was less to find.
+        let _ = fs::write(group.join("memory.reclaim"), excess.to_string());
+    }
+}
+
+/// Bytes of files in the page cache that no process maps, by a control group's `memory.stat`.
+fn unmapped_bytes(stat: &str) -> u64 {
+    let bytes = |name| cgroup::counter(stat, name);
+    // Shared memory is counted as files, but cannot be read again from anywhere.
+    bytes("file").saturating_sub(bytes("file_mapped")).saturating_sub(bytes("shmem"))
 }
 
 /// A setting of the kernel that has another value for a while.
@@ -144,6 +156,25 @@ impl Drop for Taken {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn unmapped_bytes_leave_out_programs_and_shared_memory() {
+        let stat = "anon 31236096\nfile 25559040\nkernel 1818624\nshmem 1048576\nfile_mapped 10391552\nfile_dirty 0\n";
+        assert_eq!(unmapped_bytes(stat), 25_559_040 - 10_391_552 - 1_048_576);
+        assert_eq!(unmapped_bytes("file 4096\nfile_mapped 4096\nshmem 4096\n"), 0);
+        assert_eq!(unmapped_bytes(""), 0);
+    }
+
+    #[test]
+    fn reclaim_files_asks_for_what_is_too_much() {
+        let group = tempfile::tempdir().unwrap();
+        let asked = || fs::read_to_string(group.path().join("memory.reclaim")).ok();
+        for (file, expected) in [(UNMAPPED_FILES, None), (UNMAPPED_FILES + 4096 + 512, Some("512"))] {
+            fs::write(group.path().join("memory.stat"), format!("file {file}\nfile_mapped 4096\nshmem 0\n")).unwrap();
+            reclaim_files(group.path());
+            assert_eq!(asked().as_deref(), expected);
+        }
+    }
 
     #[test]
     fn memory_that_was_taken_is_there_and_zero() {
