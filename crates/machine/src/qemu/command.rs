@@ -108,6 +108,11 @@ impl Hardware<'_> {
     fn kernel_command_line(&self) -> String {
         // The console's driver allocates 8 MiB of buffers that are never used. Zeroed as they are allocated, they are holes in a snapshot.
         let mut line = "console=ttyS0 quiet panic=-1 init_on_alloc=1 random.trust_cpu=on".to_owned();
+        if self.accelerator == Accelerator::Tcg {
+            // The flaws that they mend are a processor's, and no emulated one has them. Their page tables for programs alone would have the
+            // emulator forget its own translations of addresses at each system call, fault and interrupt.
+            line.push_str(" mitigations=off");
+        }
         if let Life::Boot { tsc_khz: Some(rate), .. } = self.life {
             // microvm has no timer to calibrate the emulated counter against; on a busy host a guest that tries may hang.
             line.push_str(&format!(" tsc_early_khz={rate}"));
