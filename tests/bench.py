@@ -58,6 +58,7 @@ def one_round(server: Server, image: str, figures: Figures, sizes: list[int]) ->
     figures.add("RunMicrovm returns", (time.monotonic() - started) * 1000)
     poll(microvm, "RUNNING")
     figures.add("RunMicrovm to RUNNING", (time.monotonic() - started) * 1000)
+    figures.add("RUNNING, token, to first 200", timed(lambda: first_answer(microvm)))
     figures.add("GetMicrovm", timed(microvm.state))
     microvm.terminate()
 
