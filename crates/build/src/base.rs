@@ -181,7 +181,10 @@ mod tests {
     #[test]
     fn is_managed_any_tag_or_digest_of_the_repository() {
         let names = ["public.ecr.aws/lambda/microvms".to_owned(), "localhost:5000/base".to_owned()];
-        let base = Base { repositories: &names, checksum: "0123456789abcdef", unreachable: &Unreachable::default() };
+        let base = Base { repositories: &names, checksum: "0123456789abcdef", unreachable: &Unreachable::default(), mirror: Some("m:5/x") };
+        assert_eq!(base.source("public.ecr.aws/lambda/microvms:al2023"), "m:5/x:al2023");
+        assert_eq!(base.source("localhost:5000/base"), "m:5/x");
+        assert_eq!(base.source("localhost:5000/base@sha256:1"), "localhost:5000/base@sha256:1");
         for image in [
             "public.ecr.aws/lambda/microvms",
             "public.ecr.aws/lambda/microvms:al2023",

@@ -87,7 +87,8 @@ mod tests {
 
     #[test]
     fn registries_of_images_are_hosts() {
-        let images = ["debian:12", "library/debian", "a.example/b/c:1", "a.example/d@sha256:0", "localhost/x", "localhost:5000/x"].map(str::to_owned);
+        let images = ["debian:12", "library/debian", "a.example/b/c:1", "a.example/d@sha256:0", "localhost/x", "localhost:5000/x"]
+            .map(str::to_owned);
         assert_eq!(registries(&images), ["a.example", "localhost", "localhost:5000"]);
     }
 

@@ -54,7 +54,8 @@ pub struct RoleLogins {
 #[async_trait]
 impl Logins for RoleLogins {
     async fn login(&self, registry: &str) -> Result<Option<Login>, LoginError> {
-        let login = self.roles.registry_login(&self.role_arn, &self.session, registry).await.map_err(|error| LoginError(Box::new(error)))?;
+        let login =
+            self.roles.registry_login(&self.role_arn, &self.session, registry).await.map_err(|error| LoginError(Box::new(error)))?;
         Ok(login.map(|login| Login { registry: registry.to_owned(), user: login.user, password: login.password }))
     }
 }

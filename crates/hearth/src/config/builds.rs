@@ -62,6 +62,11 @@ impl RegistriesConfig {
 
     /// As the builder takes them.
     pub fn registries(&self) -> Registries {
-        Registries { auth_file: self.auth_file.clone(), insecure: self.insecure.clone(), local: self.local.clone(), base_mirror: self.base_mirror.clone() }
+        Registries {
+            auth_file: self.auth_file.clone(),
+            insecure: self.insecure.clone(),
+            local: self.local.clone(),
+            base_mirror: self.base_mirror.clone(),
+        }
     }
 }

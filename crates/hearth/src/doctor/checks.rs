@@ -32,19 +32,9 @@ pub fn judge(facts: &Facts, config: &ServeConfig) -> Vec<Finding> {
     let mut findings = vec![platform(facts), root(facts), engine(facts, config)];
     findings.extend(PROGRAMS.iter().map(|&(name, why, package)| program(facts, name, why, package)));
     findings.extend(qemu_versions(facts));
-    findings.extend([
-        tun(facts),
-        namespaces(facts),
-        ip_forward(facts),
-        kit(facts),
-        disk(facts),
-    ]);
+    findings.extend([tun(facts), namespaces(facts), ip_forward(facts), kit(facts), disk(facts)]);
     findings.extend(build_cache(facts, config));
-    findings.extend([
-        memory(facts),
-        forwarding(facts, config),
-        endpoint_name(facts, config),
-    ]);
+    findings.extend([memory(facts), forwarding(facts, config), endpoint_name(facts, config)]);
     findings.extend(certificates(facts, SystemTime::now()));
     findings.extend(https(facts));
     findings.extend(ports(facts));

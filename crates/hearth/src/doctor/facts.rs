@@ -25,13 +25,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const HTTPS: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 443);
 
 /// The programs that are looked for, with the argument that prints their version.
-const PROGRAMS: &[(&str, &str)] = &[
-    ("qemu-system-x86_64", "--version"),
-    ("qemu-img", "--version"),
-    ("runc", "--version"),
-    ("nft", "--version"),
-    ("ip", "-V"),
-];
+const PROGRAMS: &[(&str, &str)] =
+    &[("qemu-system-x86_64", "--version"), ("qemu-img", "--version"), ("runc", "--version"), ("nft", "--version"), ("ip", "-V")];
 
 /// What there is.
 #[derive(Debug, Clone)]
@@ -107,7 +102,8 @@ pub async fn gather(config: &ServeConfig, dir: &DataDir) -> Facts {
 pub async fn build_cache(config: &ServeConfig, dir: &DataDir) -> Option<(PathBuf, CacheUsage)> {
     let path = config.build_cache_dir.clone().unwrap_or_else(|| dir.build_cache());
     let place = path.clone();
-    let usage = tokio::time::timeout(DEADLINE, tokio::task::spawn_blocking(move || hearth_build::cache_usage(&place))).await.ok()?.ok()?.ok()?;
+    let usage =
+        tokio::time::timeout(DEADLINE, tokio::task::spawn_blocking(move || hearth_build::cache_usage(&place))).await.ok()?.ok()?.ok()?;
     Some((path, usage))
 }
 

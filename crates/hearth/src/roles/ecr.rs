@@ -86,7 +86,12 @@ mod tests {
         assert_eq!(of("123456789012.dkr.ecr-fips.us-gov-west-1.amazonaws.com").unwrap(), "https://api.ecr.us-gov-west-1.amazonaws.com/");
         assert_eq!(of("123456789012.dkr.ecr.cn-north-1.amazonaws.com.cn").unwrap(), "https://api.ecr.cn-north-1.amazonaws.com.cn/");
         assert_eq!(of("127.0.0.1:5000").unwrap(), "https://api.ecr.us-east-1.amazonaws.com/");
-        for name in ["public.ecr.aws", "1.dkr.ecr.us-east-1.amazonaws.com", "123456789012.dkr.ecr.us-east-1.evil.example", "123456789012.dkr.ecr.a/b.amazonaws.com"] {
+        for name in [
+            "public.ecr.aws",
+            "1.dkr.ecr.us-east-1.amazonaws.com",
+            "123456789012.dkr.ecr.us-east-1.evil.example",
+            "123456789012.dkr.ecr.a/b.amazonaws.com",
+        ] {
             assert_eq!(of(name), None, "{name}");
         }
     }

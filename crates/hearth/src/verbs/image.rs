@@ -17,8 +17,8 @@ use std::{
 use anyhow::{Context, bail};
 use axum::body::Body;
 use clap::Args;
-use hearth_control::Architecture;
 use hearth_build::ignore::{self, IGNORE_FILES, Ignore, Judge};
+use hearth_control::Architecture;
 use http::Method;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
