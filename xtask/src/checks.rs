@@ -83,7 +83,9 @@ pub fn run_system(workspace: &Workspace, arguments: &[String]) -> Result<()> {
 pub fn run_part(workspace: &Workspace, part: Part, arguments: &[String]) -> Result<()> {
     let tools = set_up(workspace)?;
     let hearth = workspace.build_hearth()?;
-    let arguments: Vec<String> = [part.file().to_owned()].into_iter().chain(arguments.iter().cloned()).collect();
+    // A line for each test, because they take minutes.
+    let own = [part.file().to_owned(), "--verbose".to_owned()];
+    let arguments: Vec<String> = own.into_iter().chain(arguments.iter().cloned()).collect();
     conclude(system_tests(workspace, &tools, &hearth, &arguments, Length::Long)?, &[])
 }
 
