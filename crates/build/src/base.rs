@@ -22,9 +22,29 @@ const PULL: Duration = Duration::from_secs(600);
 const STAND_IN: &str = "hearth.invalid/stand-in";
 const SEARCH_PATH: &str = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What registries say of an image that they do not have, in part.
-const ANSWERS: [&str; 6] =
-    ["manifest unknown", "not found: manifest", "no matching manifest", "repository does not exist", "name unknown", "no such manifest"];
+/// What is said of an image that no registry has, in part.
+const ANSWERS: [&str; 7] = [
+    "manifest unknown",
+    "not found: manifest",
+    "no matching manifest",
+    "repository does not exist",
+    "name unknown",
+    "no such manifest",
+    "invalid reference format",
+];
+
+/// What is said when a registry is not reached, in part. Only that is remembered, because it is remembered for all accounts, and other
+/// failures may be of one tenant's making.
+const NOT_REACHED: [&str; 8] = [
+    "dial tcp",
+    "no such host",
+    "connection refused",
+    "i/o timeout",
+    "Client.Timeout exceeded",
+    "TLS handshake timeout",
+    "context deadline exceeded",
+    "connection reset by peer",
+];
 
 /// Registries that could not be reached lately, and why.
 #[derive(Debug, Default)]
@@ -97,7 +117,8 @@ impl Base<'_> {
                 Err(reason) if ANSWERS.iter().any(|answer| reason.contains(answer)) => {
                     return Err(BaseError::Missing { image: image.to_owned(), reason });
                 }
-                Err(reason) => self.unreachable.note(&source, reason),
+                Err(reason) if NOT_REACHED.iter().any(|sign| reason.contains(sign)) => self.unreachable.note(&source, reason),
+                Err(reason) => reason,
             },
         };
         if let Some(id) = pulled {
