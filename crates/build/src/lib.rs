@@ -28,6 +28,7 @@ mod registry;
 mod root;
 mod sandbox;
 mod stores;
+mod trees;
 mod uplink;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};

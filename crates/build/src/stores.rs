@@ -13,14 +13,18 @@
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, chown},
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use tokio::task::spawn_blocking;
 
-use crate::{BuildError, bundle::FIRST_ID};
+use crate::{
+    BuildError,
+    bundle::FIRST_ID,
+    trees::{self, disk_usage},
+};
 
 /// Most stores of one account, and so most builds of it at once.
 const MOST_STORES: u32 = 64;
@@ -165,10 +169,7 @@ fn renew(dir: &Path) -> Result<(), StoreError> {
 }
 
 fn remove(dir: &Path) -> Result<(), StoreError> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("deleting the layer store", dir)(error)),
-        _ => Ok(()),
-    }
+    trees::remove(dir).map_err(failed("deleting the layer store", dir))
 }
 
 /// The directories of all stores.
@@ -208,32 +209,6 @@ fn trim(accounts: &Path, limit: u64) -> Result<(), StoreError> {
         }
     }
     Ok(())
-}
-
-/// Bytes that a directory and all below it take on the disk. What vanishes meanwhile does not count.
-fn disk_usage(dir: &Path) -> io::Result<u64> {
-    let mut bytes = 0;
-    let mut waiting = vec![dir.to_owned()];
-    while let Some(dir) = waiting.pop() {
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        for entry in entries {
-            let entry = entry?;
-            let Ok(metadata) = entry.path().symlink_metadata() else { continue };
-            // A file with several names is counted with its first.
-            if metadata.is_dir() {
-                waiting.push(entry.path());
-            } else if metadata.nlink() > 1 {
-                bytes += metadata.blocks() * 512 / metadata.nlink();
-            } else {
-                bytes += metadata.blocks() * 512;
-            }
-        }
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]
