@@ -41,6 +41,8 @@ const MAX_TARGET: usize = 4095;
 const MAX_HOPS: usize = 40;
 
 const DOCKERFILE: &str = "Dockerfile";
+/// Most bytes of a Dockerfile. It is read into memory, and each of its lines takes more there.
+const MAX_DOCKERFILE: u64 = 1 << 20;
 
 /// An archive could not be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +92,8 @@ enum Flaw {
     Damaged { name: String, source: io::Error },
     #[error("the link {} {why}", quoted(.name))]
     Link { name: String, why: &'static str },
+    #[error("the Dockerfile is {found} bytes; this server allows {MAX_DOCKERFILE} bytes")]
+    Dockerfile { found: u64 },
     #[error("{name}: {source}")]
     Ignore { name: &'static str, source: IgnoreError },
     #[error("{0}")]
@@ -397,6 +401,7 @@ fn find_dockerfile(root: &File) -> Result<(), ArchiveError> {
     let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_BENEATH);
     match openat2(root, DOCKERFILE, how) {
         Ok(file) => match File::from(file).metadata() {
+            Ok(found) if found.is_file() && found.len() > MAX_DOCKERFILE => Err(Flaw::Dockerfile { found: found.len() }.into()),
             Ok(found) if found.is_file() => Ok(()),
             _ => Err(ArchiveError::DockerfileNotFound),
         },

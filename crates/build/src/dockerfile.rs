@@ -7,12 +7,20 @@
 mod edit;
 mod scan;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::Path,
+};
 
 use self::scan::{Directives, Instruction};
 
 /// Frontends that are BuildKit's own, with or without a registry.
 const OWN_FRONTENDS: [&str; 2] = ["docker/dockerfile", "docker/dockerfile-upstream"];
+
+/// Longest value that is followed, in bytes.
+const MAX_EXPANDED: usize = 4 << 10;
+/// Most images that are looked at: each one of the managed base's is looked for.
+const MAX_IMAGES: usize = 1000;
 
 /// A Dockerfile that cannot be built here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +34,8 @@ pub(crate) struct DockerfileError {
 enum Problem {
     #[error("the frontend {0} cannot be used: builds understand docker/dockerfile only")]
     Frontend(String),
+    #[error("a Dockerfile does not begin with {0}: builds understand docker/dockerfile only")]
+    Foreign(&'static str),
     #[error("RUN --security=insecure is not permitted: a step has no rights over its host")]
     Insecure,
     #[error("RUN --network=host is not permitted: a step has no host to share; leave the flag out to use the image's own network")]
@@ -48,9 +58,19 @@ pub(crate) struct Recipe {
 
 /// Reads a Dockerfile. `architecture` is the host's as images name it (`amd64`), `context` the directory that `COPY` copies from.
 pub(crate) fn read(text: &str, architecture: &str, context: &Path) -> Result<Recipe, DockerfileError> {
+    if let Some((line, sign)) = scan::foreign(text) {
+        return Err(DockerfileError { line, problem: Problem::Foreign(sign) });
+    }
     let (directives, instructions) = scan::scan(text);
-    let mut reader =
-        Reader { architecture, context, edits: Vec::new(), recipe: Recipe::default(), globals: BTreeMap::new(), stages: Vec::new() };
+    let mut reader = Reader {
+        architecture,
+        context,
+        edits: Vec::new(),
+        recipe: Recipe::default(),
+        globals: BTreeMap::new(),
+        has_stages: false,
+        stages: HashSet::new(),
+    };
     reader.globals.insert("TARGETARCH".to_owned(), architecture.to_owned());
     reader.globals.insert("TARGETPLATFORM".to_owned(), format!("linux/{architecture}"));
     reader.directives(&directives)?;
@@ -69,7 +89,9 @@ struct Reader<'a> {
     recipe: Recipe,
     /// Values of the ARGs before the first FROM, the only ones that an image's name may refer to.
     globals: BTreeMap<String, String>,
-    stages: Vec<String>,
+    has_stages: bool,
+    /// Their names, in lower case.
+    stages: HashSet<String>,
 }
 
 impl Reader<'_> {
@@ -87,7 +109,7 @@ impl Reader<'_> {
 
     fn instruction(&mut self, instruction: &Instruction) -> Result<(), DockerfileError> {
         match instruction.name.as_str() {
-            "ARG" if self.stages.is_empty() => self.global_arguments(instruction),
+            "ARG" if !self.has_stages => self.global_arguments(instruction),
             "FROM" => self.from(instruction),
             "COPY" | "ADD" => self.copy(instruction)?,
             "RUN" => self.run(instruction)?,
@@ -123,11 +145,12 @@ impl Reader<'_> {
         if let Some(image) = arguments.first() {
             self.names_image(&scan::unquote(&image.text));
         }
-        let alias = match arguments {
-            [_, word, name] if word.text.eq_ignore_ascii_case("as") => name.text.to_ascii_lowercase(),
-            _ => String::new(),
-        };
-        self.stages.push(alias);
+        self.has_stages = true;
+        if let [_, word, name] = arguments
+            && word.text.eq_ignore_ascii_case("as")
+        {
+            self.stages.insert(name.text.to_ascii_lowercase());
+        }
     }
 
     fn copy(&mut self, instruction: &Instruction) -> Result<(), DockerfileError> {
@@ -173,14 +196,15 @@ impl Reader<'_> {
 
     fn names_image(&mut self, name: &str) {
         let Some(name) = self.expand(name) else { return };
-        let is_stage = self.stages.iter().any(|stage| stage.eq_ignore_ascii_case(&name));
+        let is_stage = self.stages.contains(&name.to_ascii_lowercase());
         let is_number = name.bytes().all(|byte| byte.is_ascii_digit());
-        if !is_stage && !is_number && name != "scratch" && !self.recipe.images.contains(&name) {
+        if !is_stage && !is_number && name != "scratch" && self.recipe.images.len() < MAX_IMAGES && !self.recipe.images.contains(&name) {
             self.recipe.images.push(name);
         }
     }
 
-    /// Replaces `$NAME`, `${NAME}`, `${NAME:-word}`, `${NAME-word}` and `${NAME:+word}`. `None` for other forms and if a value is unknown.
+    /// Replaces `$NAME`, `${NAME}`, `${NAME:-word}`, `${NAME-word}` and `${NAME:+word}`. `None` for other forms, if a value is unknown, and if
+    /// the result is longer than an image's name can be: values that are made of values double with each line.
     fn expand(&self, text: &str) -> Option<String> {
         let mut expanded = String::new();
         let mut rest = text;
@@ -196,9 +220,12 @@ impl Reader<'_> {
                 expanded.push_str(self.globals.get(&rest[..end])?);
                 rest = &rest[end..];
             }
+            if expanded.len() > MAX_EXPANDED {
+                return None;
+            }
         }
         expanded.push_str(rest);
-        Some(expanded)
+        (expanded.len() <= MAX_EXPANDED).then_some(expanded)
     }
 
     fn parameter(&self, parameter: &str) -> Option<String> {

@@ -12,6 +12,8 @@ use crate::lines::LineSplitter;
 
 /// Lines of the last word that are kept.
 const MAX_WORDS: usize = 64;
+/// Longest line that is shown of it, and longest name of a step, in bytes: both hold instructions, which may be as long as a Dockerfile.
+const MAX_SHOWN: usize = 8 << 10;
 
 /// Why a step failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,7 +142,7 @@ impl Progress {
             None => line.to_owned(),
         };
         if self.words.len() < MAX_WORDS && !line.trim().is_empty() {
-            self.words.push(line);
+            self.words.push(line[..line.floor_char_boundary(MAX_SHOWN)].to_owned());
         }
     }
 }
@@ -156,7 +158,12 @@ fn is_step(name: &str) -> bool {
 
 /// Here-documents and continued lines make names of several lines.
 fn one_line(name: &str) -> String {
-    name.split_whitespace().collect::<Vec<_>>().join(" ")
+    let (name, rest) = name.split_at(name.floor_char_boundary(MAX_SHOWN));
+    let mut line = name.split_whitespace().collect::<Vec<_>>().join(" ");
+    if !rest.is_empty() {
+        line.push('…');
+    }
+    line
 }
 
 /// The error without BuildKit's own identifiers.
@@ -223,6 +230,17 @@ mod tests {
         assert_eq!(shown, ["Dockerfile:3", "ERROR: process x ended with exit code 1"]);
         let error = "process \"/bin/sh -c false\" ended with exit code 1".to_owned();
         assert_eq!(failed, Some(FailedStep { instruction: "RUN false".to_owned(), error }));
+    }
+
+    #[test]
+    fn take_long_names_and_words_are_cut() {
+        let mut progress = Progress::default();
+        let long = format!("[2/3] RUN {}é", "x".repeat(1 << 20));
+        let shown = progress.take(&json!({"vertexes": [{"digest": "a", "name": long, "started": "1"}]}).to_string());
+        progress.take(&"é".repeat(1 << 20));
+        let (words, _) = progress.finish();
+        assert!(shown.iter().chain(&words).all(|line| line.len() < MAX_SHOWN + 16));
+        assert_eq!((shown.len(), words.len()), (1, 1));
     }
 
     #[test]

@@ -129,10 +129,14 @@ impl Unpacked {
 }
 
 fn unpack_bytes(bytes: &[u8]) -> Unpacked {
+    unpack_within(bytes, LIMITS)
+}
+
+fn unpack_within(bytes: &[u8], limits: ArchiveLimits) -> Unpacked {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("archive.zip"), bytes).unwrap();
     let stop = Stop::after(Duration::from_secs(60));
-    let result = unpack(&dir.path().join("archive.zip"), &dir.path().join("context"), LIMITS, &stop);
+    let result = unpack(&dir.path().join("archive.zip"), &dir.path().join("context"), limits, &stop);
     Unpacked { dir, result }
 }
 
@@ -187,6 +191,18 @@ fn the_dockerfile_must_be_at_the_root() {
     }
     let linked = RawZip::default().with("docker/File", REGULAR | 0o644, b"FROM a\n").with("Dockerfile", LINK | 0o777, b"docker/File");
     assert_eq!(unpack_bytes(&linked.bytes()).read("Dockerfile"), "FROM a\n");
+}
+
+#[test]
+fn unpack_dockerfile_of_too_many_bytes_is_refused() {
+    let unpack = |bytes: u64| {
+        let lines = vec![b'\n'; usize::try_from(bytes).unwrap()];
+        let zip = RawZip::default().with("Dockerfile", REGULAR | 0o644, &lines);
+        unpack_within(&zip.bytes(), ArchiveLimits { unpacked_bytes: 4 * MAX_DOCKERFILE, ..LIMITS }).result
+    };
+    unpack(MAX_DOCKERFILE).unwrap();
+    let refused = unpack(MAX_DOCKERFILE + 1).unwrap_err().to_string();
+    assert_eq!(refused, "the Dockerfile is 1048577 bytes; this server allows 1048576 bytes");
 }
 
 #[test]

@@ -103,9 +103,21 @@ fn quoted(value: &str) -> String {
     if value.contains(char::is_whitespace) { format!("\"{value}\"") } else { value.to_owned() }
 }
 
-/// Whether a path without wildcards is below the context. Links are not followed.
+/// Whether a path without wildcards is below the context. Links are not followed: they may lead anywhere on the host, and BuildKit says what
+/// is missing behind them.
 fn exists(context: &Path, path: &str) -> bool {
-    let components = Path::new(path).components().filter(|component| matches!(component, Component::Normal(_)));
-    let path = components.fold(context.to_owned(), |path, component| path.join(component));
-    path.ends_with("**") || path.symlink_metadata().is_ok()
+    let mut found = context.to_owned();
+    for component in Path::new(path).components() {
+        let Component::Normal(name) = component else { continue };
+        if name == "**" {
+            return true;
+        }
+        found.push(name);
+        match found.symlink_metadata() {
+            Ok(metadata) if metadata.is_symlink() => return true,
+            Ok(_) => {}
+            Err(_) => return false,
+        }
+    }
+    true
 }

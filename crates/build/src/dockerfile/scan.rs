@@ -61,6 +61,19 @@ pub(super) fn scan(text: &str) -> (Directives, Vec<Instruction>) {
     let mut directives = Directives::default();
     let mut escape = '\\';
     let lines = lines(text);
+    // BuildKit looks for a frontend behind the name of an interpreter too. For its parser that is a comment, which ends the directives.
+    if lines.first().is_some_and(|line| without_mark(line.text).starts_with("#!")) {
+        for (number, line) in lines.iter().enumerate().skip(1) {
+            match directive(line.text) {
+                Some((name, value)) if name == "syntax" => {
+                    directives.syntax = Some(Directive { value, line: number + 1, span: line.start..line.start + line.text.len() });
+                    break;
+                }
+                Some(_) => {}
+                None => break,
+            }
+        }
+    }
     let mut next = 0;
     while let Some((name, value)) = lines.get(next).and_then(|line| directive(line.text)) {
         let line = &lines[next];
@@ -97,9 +110,24 @@ fn lines(text: &str) -> Vec<Line<'_>> {
     lines
 }
 
+/// A byte order mark may come first.
+fn without_mark(line: &str) -> &str {
+    line.trim_start_matches('\u{feff}')
+}
+
+/// The beginning of a file that names its frontend in another way than a Dockerfile does: `// syntax=` or `{"syntax": `. BuildKit obeys that.
+pub(super) fn foreign(text: &str) -> Option<(usize, &'static str)> {
+    let mut lines = lines(text).into_iter().enumerate().skip_while(|(number, line)| {
+        let line = without_mark(line.text);
+        line.trim().is_empty() || *number == 0 && line.starts_with("#!")
+    });
+    let (number, line) = lines.next()?;
+    let start = without_mark(line.text).trim_start();
+    ["//", "{"].into_iter().find(|sign| start.starts_with(sign)).map(|sign| (number + 1, sign))
+}
+
 fn directive(line: &str) -> Option<(String, String)> {
-    // A byte order mark may come first.
-    let line = line.trim_start_matches('\u{feff}').trim().strip_prefix('#')?;
+    let line = without_mark(line).trim().strip_prefix('#')?;
     let (name, value) = line.split_once('=')?;
     let name = name.trim();
     let is_name = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric());

@@ -36,6 +36,50 @@ fn read_syntax_of_buildkit_is_dropped_and_others_are_refused() {
 }
 
 #[test]
+fn read_frontend_in_other_forms_is_refused() {
+    let shebang = problem("#!/usr/bin/env docker\n# check=skip=all\n# syntax=example/front:1\nFROM a");
+    assert!(shebang.starts_with("Dockerfile line 3: the frontend example/front:1 cannot be used"), "{shebang}");
+    assert_eq!(recipe("#!/usr/bin/env docker\n# syntax=docker/dockerfile:1\nFROM a").text, "#!/usr/bin/env docker\n#\nFROM a");
+    for (text, line, sign) in [
+        ("// syntax=example/front:1\nFROM a", 1, "//"),
+        ("//check=a\n//syntax=example/front:1\nFROM a", 1, "//"),
+        ("#!/bin/x\n// syntax=example/front:1\nFROM a", 2, "//"),
+        ("\u{feff}// syntax=example/front:1", 1, "//"),
+        ("{\"syntax\": \"example/front:1\"}", 1, "{"),
+        ("\n  {\"a\": [], \"Syntax\": \"example/front:1\"}\n", 2, "{"),
+    ] {
+        assert!(problem(text).starts_with(&format!("Dockerfile line {line}: a Dockerfile does not begin with {sign}: ")), "{text}");
+    }
+}
+
+#[test]
+fn read_arguments_that_double_are_not_followed() {
+    let mut text = "ARG A0=abcdefghij\n".to_owned();
+    for number in 0..60 {
+        text.push_str(&format!("ARG A{}=$A{number}${{A{number}}}\n", number + 1));
+    }
+    text.push_str("FROM $A1\nFROM $A60\nFROM b\n");
+    assert_eq!(recipe(&text).images, ["abcdefghijabcdefghij", "b"]);
+}
+
+#[test]
+fn read_many_stages_and_images_takes_a_moment() {
+    let text: String = (0..40_000).map(|number| format!("FROM a{number} AS s{number}\n")).collect();
+    let started = std::time::Instant::now();
+    assert!(recipe(&text).images.len() <= 1000);
+    assert!(started.elapsed() < std::time::Duration::from_secs(20));
+}
+
+#[test]
+fn read_parents_behind_a_link_asks_nothing_of_the_host() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/", dir.path().join("up")).unwrap();
+    let answers =
+        ["up/etc/passwd", "up/no/such"].map(|path| read(&format!("FROM a\nCOPY --parents {path} /x/"), "amd64", dir.path()).is_ok());
+    assert_eq!(answers, [true, true], "whether a file of the host exists makes no difference");
+}
+
+#[test]
 fn read_heredoc_bodies_are_not_instructions() {
     let text = "FROM a\nRUN cat <<EOF > x && cat <<-'TWO'\nFROM hidden\nRUN --network=host\nEOF\n\tFROM hidden\n\tTWO\nCOPY <<\"X\" <<Y /d/\nFROM hidden\nX\n\
                 FROM hidden\nY\nRUN echo a << b <<<EOF\nFROM b\n";
