@@ -3,7 +3,7 @@
 use std::{
     fs::DirBuilder,
     io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Stdio,
     sync::Arc,
@@ -22,6 +22,7 @@ use crate::{
     BuildError, BuildRequest, BuilderConfig, Built, ImageBuilder, PrepareError,
     archive::{self, ArchiveError},
     base::{Base, Unreachable},
+    bundle::{DISK, FIRST_ID},
     config::{self, Description},
     dockerfile,
     process::{ProcessError, Stop, Stopped, run_captured, run_translated},
@@ -30,6 +31,7 @@ use crate::{
     root::Root,
     sandbox::{Host, Sandbox, SandboxError, WorkDir, inside},
     stores::{Store, Stores},
+    trees,
     uplink::Uplink,
 };
 
@@ -38,6 +40,9 @@ const TOOLS: [(&str, &str, &str); 3] = [("runc", "--version", "runc"), ("unshare
 
 /// Identity of every file system, and seed of its directory hashes: the same layers give the same bytes.
 const FILESYSTEM_UUID: &str = "6f1c9a40-5b0e-4c53-9a5d-3c1f3c8f2b11";
+
+/// Where the builder writes the image's id, in the sandbox.
+const IMAGE_ID: &str = "/run/image";
 
 /// Where layers are, below the daemon's data.
 const LAYERS: &str = "/var/lib/docker/overlay2";
@@ -146,12 +151,16 @@ impl Build {
         }
         let mut uplink = self.request.uplink.take().ok_or_else(|| BuildError::Platform("the build has no network".into()))?;
         let logins = self.logins(&recipe.images).await;
+        let disk = self.make_disk(work.disk()).await?;
         let sandbox = self.start(&store, &work, uplink.as_mut(), &logins, stop).await?;
-        let built = self.in_sandbox(&sandbox, &recipe.images, &work, uplink.as_mut(), stop).await;
+        let built = self.in_sandbox(&sandbox, &recipe.images, uplink.as_mut(), stop).await;
         sandbox.end().await;
         // The network is needed until every process is gone.
         drop(uplink);
-        built
+        let built = built?;
+        // Now no process of the sandbox can write to it any more.
+        self.take_disk(&disk, work.disk()).await?;
+        Ok(built)
     }
 
     async fn unpack(&self, context: PathBuf, stop: &Stop) -> Result<(), BuildError> {
@@ -173,10 +182,12 @@ impl Build {
         let text = String::from_utf8_lossy(&text);
         let recipe =
             dockerfile::read(&text, architecture(), &context).map_err(|error| BuildError::ContainerBuildFailed(error.to_string()))?;
-        tokio::fs::write(work.0.join("Dockerfile"), &recipe.text).await.map_err(|error| io_error("writing the Dockerfile", error))?;
+        let beside = work.recipe();
+        make_private_directory(&beside).map_err(|error| io_error("making the Dockerfile's directory", error))?;
+        tokio::fs::write(beside.join("Dockerfile"), &recipe.text).await.map_err(|error| io_error("writing the Dockerfile", error))?;
         // It takes precedence over `.dockerignore`, and is looked for beside the Dockerfile.
         let ignore = "Dockerfile.dockerignore";
-        match tokio::fs::copy(context.join(ignore), work.0.join(ignore)).await {
+        match tokio::fs::copy(context.join(ignore), beside.join(ignore)).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("copying Dockerfile.dockerignore", error)),
             _ => Ok(recipe),
         }
@@ -226,14 +237,7 @@ impl Build {
         .map_err(|error| self.sandbox_error(error))
     }
 
-    async fn in_sandbox(
-        &self,
-        sandbox: &Sandbox,
-        images: &[String],
-        work: &WorkDir,
-        uplink: &mut dyn Uplink,
-        stop: &Stop,
-    ) -> Result<Built, BuildError> {
+    async fn in_sandbox(&self, sandbox: &Sandbox, images: &[String], uplink: &mut dyn Uplink, stop: &Stop) -> Result<Built, BuildError> {
         let config = &self.workshop.config;
         let base = Base {
             repositories: &config.base_names,
@@ -246,9 +250,9 @@ impl Build {
             self.say(self.unless_stopped(provided, stop)?).await;
         }
         uplink.restrict().await.map_err(|error| BuildError::Platform(Box::new(error)))?;
-        let image = self.run_dockerfile(sandbox, work, stop).await?;
+        let image = self.run_dockerfile(sandbox, stop).await?;
         let Description { config, layers } = self.inspect(sandbox, &image, stop).await?;
-        let content_bytes = self.flatten(sandbox, &layers, work, stop).await?;
+        let content_bytes = self.flatten(sandbox, &layers, stop).await?;
         // The layers stay in the cache; the image has no use any more.
         let removed = sandbox.docker(&["image", "rm", "--force", &image], stop).await.map_err(|error| self.process_error(error))?;
         if !removed.status.success() {
@@ -259,10 +263,10 @@ impl Build {
     }
 
     /// Returns the image's id.
-    async fn run_dockerfile(&self, sandbox: &Sandbox, work: &WorkDir, stop: &Stop) -> Result<String, BuildError> {
+    async fn run_dockerfile(&self, sandbox: &Sandbox, stop: &Stop) -> Result<String, BuildError> {
         let mut command = sandbox.command("/", "docker");
         command.args(["buildx", "build", "--progress=rawjson", "--pull=false", "--load"]);
-        command.args(["--file", &inside("Dockerfile"), "--iidfile", &inside("out/image")]);
+        command.args(["--file", &inside("recipe/Dockerfile"), "--iidfile", IMAGE_ID]);
         if self.request.no_cache {
             command.arg("--no-cache");
         }
@@ -289,8 +293,19 @@ impl Build {
                 None => BuildError::ContainerBuildFailed(last_error(&lines).unwrap_or_else(|| status.to_string())),
             });
         }
-        let id = tokio::fs::read_to_string(work.0.join("out/image")).await.map_err(|error| io_error("reading the image's id", error))?;
-        Ok(id.trim().to_owned())
+        self.image_id(sandbox, stop).await
+    }
+
+    async fn image_id(&self, sandbox: &Sandbox, stop: &Stop) -> Result<String, BuildError> {
+        let mut command = sandbox.command("/", "cat");
+        command.arg(IMAGE_ID);
+        let read = sandbox.with_end(stop, run_captured(command, stop)).await.map_err(|error| self.process_error(error))?;
+        let text = String::from_utf8_lossy(&read.stdout);
+        let digits = text.trim().strip_prefix("sha256:").filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
+        let digits = digits.filter(|digits| !digits.is_empty());
+        digits
+            .map(|digits| format!("sha256:{digits}"))
+            .ok_or_else(|| BuildError::Platform(format!("no image's id: {}", read.stderr).into()))
     }
 
     async fn inspect(&self, sandbox: &Sandbox, image: &str, stop: &Stop) -> Result<Description, BuildError> {
@@ -301,16 +316,34 @@ impl Build {
         Ok(config::parse(&inspected.stdout)?)
     }
 
-    /// Returns the size of the contents.
-    async fn flatten(&self, sandbox: &Sandbox, layers: &[String], work: &WorkDir, stop: &Stop) -> Result<u64, BuildError> {
-        let BuildRequest { rootfs, disk_bytes, .. } = &self.request;
-        let disk = work.0.join("out/rootfs.img");
-        let file = tokio::fs::File::create(&disk).await.map_err(|error| io_error("making the disk image", error))?;
-        file.set_len(*disk_bytes).await.map_err(|error| io_error("sizing the disk image", error))?;
-        let given = std::os::unix::fs::chown(&disk, Some(crate::bundle::FIRST_ID), Some(crate::bundle::FIRST_ID));
+    /// Makes the image's disk, which the sandbox fills.
+    async fn make_disk(&self, path: PathBuf) -> Result<tokio::fs::File, BuildError> {
+        let file = tokio::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).await;
+        let file = file.map_err(|error| io_error("making the disk image", error))?;
+        file.set_len(self.request.disk_bytes).await.map_err(|error| io_error("sizing the disk image", error))?;
+        let given = std::os::unix::fs::fchown(&file, Some(FIRST_ID), Some(FIRST_ID));
         given.map_err(|error| io_error("giving the disk image to the sandbox", error))?;
+        Ok(file)
+    }
+
+    /// Takes the disk back, and puts it where it was asked for. Whatever the sandbox has done to the file, its owner, mode and size are ours.
+    async fn take_disk(&self, disk: &tokio::fs::File, path: PathBuf) -> Result<(), BuildError> {
+        let BuildRequest { rootfs, disk_bytes, .. } = &self.request;
+        std::os::unix::fs::fchown(disk, Some(0), Some(0)).map_err(|error| io_error("taking the disk image back", error))?;
+        let mode = disk.set_permissions(std::fs::Permissions::from_mode(0o644)).await;
+        mode.map_err(|error| io_error("setting the disk image's mode", error))?;
+        let found = disk.metadata().await.map_err(|error| io_error("looking at the disk image", error))?.len();
+        if found != *disk_bytes {
+            return Err(BuildError::Platform(format!("the disk image has {found} bytes instead of {disk_bytes}").into()));
+        }
+        disk.sync_all().await.map_err(|error| io_error("writing the disk image", error))?;
+        tokio::fs::rename(path, rootfs).await.map_err(|error| io_error("moving the disk image", error))
+    }
+
+    /// Fills the image's disk. Returns the size of the contents.
+    async fn flatten(&self, sandbox: &Sandbox, layers: &[String], stop: &Stop) -> Result<u64, BuildError> {
         let mut command = sandbox.command(LAYERS, "sh");
-        command.args([&inside("flatten.sh"), &inside("out/rootfs.img"), &disk_bytes.to_string(), FILESYSTEM_UUID]).args(layers);
+        command.args([&inside("flatten.sh"), DISK, &self.request.disk_bytes.to_string(), FILESYSTEM_UUID]).args(layers);
         let flat = sandbox.with_end(stop, run_captured(command, stop)).await.map_err(|error| self.process_error(error))?;
         if !flat.status.success() {
             let full = ["Could not allocate", "No space left"].iter().any(|sign| flat.stderr.contains(sign));
@@ -320,9 +353,6 @@ impl Build {
                 BuildError::Platform(format!("flattening: {}", flat.stderr).into())
             });
         }
-        file.sync_all().await.map_err(|error| io_error("writing the disk image", error))?;
-        std::os::unix::fs::chown(&disk, Some(0), Some(0)).map_err(|error| io_error("taking the disk image back", error))?;
-        tokio::fs::rename(&disk, rootfs).await.map_err(|error| io_error("moving the disk image", error))?;
         let output = String::from_utf8_lossy(&flat.stdout);
         output.trim().parse().map_err(|_| BuildError::Platform(format!("flattening answered {output:?} instead of a size").into()))
     }
@@ -407,7 +437,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+        if let Err(error) = trees::remove(&self.0) {
             tracing::warn!(dir = %self.0.display(), %error, "the work directory of a build stays behind");
         }
     }

@@ -1,7 +1,7 @@
 //! What a build's sandbox is made of, as an OCI runtime reads it.
 //!
-//! Root in the sandbox is an ordinary user of the host, with files of its own only: the builder's root file system read-only, the account's
-//! store, the build's work directory, and a few devices that everybody may open. It has its own processes, mounts, network, names and
+//! Root in the sandbox is an ordinary user of the host, with files of its own only: the builder's root file system and the build's directory
+//! read-only, the account's store, the image's disk, and a few devices that everybody may open. It has its own processes, mounts, network, names and
 //! control groups. Its rights are those of root in a user namespace, which the builder needs to mount layers and to run steps.
 
 use serde_json::{Value, json};
@@ -11,11 +11,13 @@ pub(crate) const FIRST_ID: u32 = 1_900_000_000;
 /// Number of them.
 const IDS: u32 = 1 << 24;
 
-/// Most processes and threads of a build.
-const PROCESSES: u32 = 32_768;
+/// Most processes and threads of a build. Hosts may have no more than 32768 numbers for all of theirs.
+const PROCESSES: u32 = 8192;
 
-/// The directory of a build, in the sandbox.
+/// The directory of a build, in the sandbox. What the server writes is there, and nothing that it reads again: the sandbox cannot change it.
 pub(crate) const BUILD_DIR: &str = "/build";
+/// The image's disk, in the sandbox. The only file that both write to.
+pub(crate) const DISK: &str = "/build/disk";
 /// The daemon's data, in the sandbox.
 pub(crate) const STORE_DIR: &str = "/var/lib/docker";
 /// The managed base image's archive, in the sandbox.
@@ -26,6 +28,7 @@ mod given {
     pub(super) const ROOT: &str = "/mnt/root";
     pub(super) const STORE: &str = "/mnt/store";
     pub(super) const BUILD: &str = "/mnt/build";
+    pub(super) const DISK: &str = "/mnt/disk";
     pub(super) const BASE_ARCHIVE: &str = "/mnt/base.tar";
     pub(super) const CERTIFICATES: &str = "/mnt/certificates";
 }
@@ -79,6 +82,7 @@ impl Bundle<'_> {
             "HOME=/tmp".to_owned(),
             "DOCKER_HOST=unix:///run/docker.sock".to_owned(),
             format!("DOCKER_CONFIG={BUILD_DIR}/docker"),
+            "BUILDX_CONFIG=/tmp/buildx".to_owned(),
             format!("DOCKER_BUILDKIT_RUNC_COMMAND={BUILD_DIR}/runtime.sh"),
             "BUILDX_NO_DEFAULT_ATTESTATIONS=1".to_owned(),
         ];
@@ -125,7 +129,8 @@ impl Bundle<'_> {
             mount("/tmp", "tmpfs", &["nosuid", "nodev", "mode=1777", "size=256m"]),
             // Layers hold files that are executable, with the set-user-id bit as well: steps see them as they are.
             json!({ "destination": STORE_DIR, "type": "bind", "source": given::STORE, "options": ["bind", "rw"] }),
-            bind(given::BUILD, BUILD_DIR, "rw"),
+            bind(given::BUILD, BUILD_DIR, "ro"),
+            bind(given::DISK, DISK, "rw"),
             bind(&format!("{}/resolv.conf", given::BUILD), "/etc/resolv.conf", "ro"),
             bind(given::BASE_ARCHIVE, BASE_ARCHIVE, "ro"),
         ];
@@ -160,6 +165,6 @@ mod tests {
             .filter(|mount| mount["type"] == "bind")
             .map(|mount| mount["source"].as_str().unwrap())
             .collect();
-        assert_eq!(sources, ["/mnt/store", "/mnt/build", "/mnt/build/resolv.conf", "/mnt/base.tar", "/mnt/certificates"]);
+        assert_eq!(sources, ["/mnt/store", "/mnt/build", "/mnt/disk", "/mnt/build/resolv.conf", "/mnt/base.tar", "/mnt/certificates"]);
     }
 }

@@ -20,4 +20,6 @@ done
 echo up
 read -r _ || true
 kill -TERM "$daemon"
+# Nobody else would end it if the server is gone.
+(sleep 15; kill -KILL "$daemon") &
 wait "$daemon"

@@ -86,7 +86,8 @@ pub(crate) struct Host {
     pub(crate) local_registries: Vec<std::net::SocketAddr>,
 }
 
-/// A build's directory: what the sandbox sees of the host beside its store.
+/// A build's directory: what the sandbox sees of the host beside its store. It cannot write there, so that the server's root never meets a
+/// link that the sandbox's root has made.
 #[derive(Debug)]
 pub(crate) struct WorkDir(pub(crate) PathBuf);
 
@@ -94,6 +95,16 @@ impl WorkDir {
     /// The build's context.
     pub(crate) fn context(&self) -> PathBuf {
         self.0.join("context")
+    }
+
+    /// Where the Dockerfile is that BuildKit gets, with its file of patterns. Alone, because a frontend may ask for all that is there.
+    pub(crate) fn recipe(&self) -> PathBuf {
+        self.0.join("recipe")
+    }
+
+    /// The image's disk. Beside the build's directory: the sandbox gets the file, and not the directory that its name is in.
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.0.with_extension("disk")
     }
 
     /// Writes the files that a sandbox starts from, and gives everything to the sandbox's root. Blocks.
@@ -113,7 +124,8 @@ impl WorkDir {
         fs::write(self.0.join("resolv.conf"), resolvers)?;
         fs::create_dir_all(self.0.join("docker"))?;
         fs::write(self.0.join("docker/config.json"), auths)?;
-        fs::create_dir_all(self.0.join("out"))?;
+        // The disk is mounted over it.
+        fs::write(self.0.join("disk"), "")?;
         give_away(&self.0)
     }
 }
@@ -192,7 +204,7 @@ impl Sandbox {
         let control_group = format!("/{id}");
         let bundle =
             Bundle { certificates: has_certificates, control_group: &control_group, memory: host.memory, environment: &environment };
-        // Beside the build's directory, which the sandbox may write to.
+        // Beside the build's directory, which the sandbox may read.
         let bundle_dir = work.0.with_extension("bundle");
         let written =
             fs::create_dir_all(&bundle_dir).and_then(|()| fs::write(bundle_dir.join("config.json"), bundle.document().to_string()));
@@ -202,7 +214,11 @@ impl Sandbox {
         run_captured(runc(&host.runtime_dir, &["delete", "--force", id]), stop).await?;
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "--", "sh", "-c", include_str!("enter.sh"), "enter.sh"]);
-        command.args([&host.root, &store.data(), &work.0, &host.base_archive]).arg(if has_certificates { CERTIFICATES } else { "" });
+        command.args([&host.root, &store.data(), &work.0, &work.disk(), &host.base_archive]).arg(if has_certificates {
+            CERTIFICATES
+        } else {
+            ""
+        });
         command.arg("runc").arg("--root").arg(&host.runtime_dir).args(["run", "--bundle"]).arg(&bundle_dir);
         command.arg(id);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);

@@ -1,6 +1,6 @@
 //! Real builds with the real BuildKit, on a base image of a shell and little else. Needs root, runc and the guest kit (`cargo xtask kit`).
 
-use std::{collections::BTreeSet, fs, io::Write, net::SocketAddr, path::PathBuf, process::Output};
+use std::{collections::BTreeSet, fs, io::Write, net::SocketAddr, os::unix::fs::MetadataExt, path::PathBuf, process::Output};
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -11,7 +11,8 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::{
-    KitFile,
+    CacheLimits, KitFile,
+    process::Captured,
     uplink::{Connection, UplinkError},
 };
 
@@ -399,6 +400,111 @@ async fn step_sees_nothing_of_the_host() {
         assert_eq!(said(&format!("device {device}")), 0, "{:?}", built.log);
     }
     assert!(!built.log.iter().any(|line| line == "sysrq" || line == "shadow"), "{:?}", built.log);
+}
+
+/// A sandbox, and what runs in it as its root: more than a step is ever given.
+struct Prison {
+    build: Build,
+    work: WorkDir,
+    disk: tokio::fs::File,
+    sandbox: Sandbox,
+    _scratch: Scratch,
+    _uplink: Box<dyn Uplink>,
+}
+
+impl Prison {
+    async fn start(fixture: &Fixture, id: &str) -> Self {
+        let (sender, _receiver) = mpsc::channel(4);
+        let request = fixture.request(id, &[("Dockerfile", "FROM scratch")], sender);
+        let mut build = Build { workshop: Arc::clone(fixture.builder.workshop.get().unwrap()), request };
+        let scratch = Scratch::make(&build.request.work_dir).unwrap();
+        let work = WorkDir(build.request.work_dir.join("build"));
+        make_private_directory(&work.0).unwrap();
+        let disk = build.make_disk(work.disk()).await.unwrap();
+        let store = build.workshop.stores.take(&build.request.account).await.unwrap();
+        let mut uplink = build.request.uplink.take().unwrap();
+        let sandbox = build.start(&store, &work, uplink.as_mut(), &Stop::after(PATIENCE)).await.unwrap();
+        Self { build, work, disk, sandbox, _scratch: scratch, _uplink: uplink }
+    }
+
+    async fn root(&self, script: &str) -> Captured {
+        let mut command = self.sandbox.command("/", "sh");
+        command.args(["-c", script]);
+        run_captured(command, &Stop::after(PATIENCE)).await.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn sandbox_root_cannot_change_what_the_server_or_other_builds_use() {
+    let Some(fixture) = fixture().await else { return };
+    let prison = Prison::start(&fixture, "prison").await;
+    assert!(prison.root("id && cat /build/daemon.json && dd if=/dev/zero of=/build/disk bs=1 count=1 conv=notrunc").await.status.success());
+    for attempt in [
+        // Files of the server.
+        "echo x > /build/resolv.conf",
+        "mount -o remount,bind,rw /build && echo x > /build/resolv.conf",
+        "mount -o remount,bind,rw /build && ln -s /etc/passwd /build/link",
+        "mkdir /tmp/b && mount --bind /build /tmp/b && mount -o remount,bind,rw /tmp/b && touch /tmp/b/new",
+        "rm /build/disk",
+        "umount /build/disk; rm /build/disk",
+        // The builder that all accounts use, and the base image.
+        "mount -o remount,bind,rw / && touch /var/tmp/new",
+        "mount -o remount,bind,rw / && touch /usr/bin/docker",
+        "mount -o remount,bind,rw /hearth/base.tar && echo x >> /hearth/base.tar",
+        // The host's kernel.
+        "echo x > /proc/sys/kernel/core_pattern",
+        "mount -t proc proc /mnt && echo x > /mnt/sys/kernel/core_pattern",
+        "echo h > /proc/sysrq-trigger",
+        "mount -t sysfs sysfs /mnt && echo x > /mnt/kernel/uevent_helper",
+        "for group in /sys/fs/cgroup/*; do mount -o remount,bind,rw $group && echo /x > $group/release_agent && exit 0; done; exit 1",
+        "mount -o remount,bind,rw /sys/fs/cgroup/pids; group=$(ls -d /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max 2>/dev/null) && echo max > $group",
+        "mknod /tmp/disk b 254 0 && head -c 1 /tmp/disk",
+        "mknod /var/lib/docker/disk b 254 0 && head -c 1 /var/lib/docker/disk",
+        "mount -t ext4 /dev/vda /mnt",
+        "mount -t devtmpfs devtmpfs /mnt",
+        // Processes and descriptors of the host.
+        "[ -e /proc/1/fd/3 ]",
+        "[ -e /proc/self/fd/3 ]",
+        "for process in /proc/[0-9]*; do [ -e $process/root/etc/shadow ] && cat $process/root/etc/shadow && exit 0; done; exit 1",
+    ] {
+        let ran = prison.root(attempt).await;
+        assert!(!ran.status.success(), "{attempt}: {ran:?}");
+    }
+    assert!(!fixture.builder.workshop.get().unwrap().root.dir.join("var/tmp/new").exists());
+    let Prison { sandbox, .. } = prison;
+    sandbox.end().await;
+}
+
+#[tokio::test]
+async fn take_disk_of_another_size_or_owner_is_the_servers_again() {
+    let Some(fixture) = fixture().await else { return };
+    let prison = Prison::start(&fixture, "disk").await;
+    assert!(prison.root("chmod 6777 /build/disk && chown 5:5 /build/disk && truncate -s 1T /build/disk").await.status.success());
+    let refused = prison.build.take_disk(&prison.disk, prison.work.disk()).await.unwrap_err();
+    assert!(refused.to_string().contains("bytes instead of"), "{refused}");
+    prison.disk.set_len(DISK).await.unwrap();
+    prison.build.take_disk(&prison.disk, prison.work.disk()).await.unwrap();
+    let taken = fs::metadata(fixture.rootfs("disk")).unwrap();
+    assert_eq!((taken.uid(), taken.gid(), taken.mode() & 0o7777, taken.len()), (0, 0, 0o644, DISK));
+    assert!(!prison.root("echo x >> /build/disk").await.status.success());
+    let Prison { sandbox, .. } = prison;
+    sandbox.end().await;
+}
+
+#[tokio::test]
+async fn build_of_endless_directories_and_files_leaves_the_server_alone() {
+    let Some(fixture) = fixture().await else { return };
+    let small = BuilderConfig { cache: CacheLimits { bytes: 1 << 20, ..CacheLimits::default() }, ..config(fixture.dir.path()) };
+    let fixture = Fixture { builder: Arc::new(Builder::new(small)), ..fixture };
+    fixture.builder.prepare().await.unwrap();
+    let levels = "d/".repeat(1000);
+    let step = format!("RUN for part in 1 2 3 4 5 6 7 8 9 10 11 12; do mkdir -p {levels}; cd -P {levels} 2>/dev/null; done; echo deep\n");
+    let deep = fixture.build("deep", &step).await;
+    assert!(deep.log.iter().any(|line| line.starts_with("deep")), "{:?}", deep.log);
+    let data = fixture.dir.path().join("cache/accounts/000000000000/0/data");
+    assert!(!data.exists(), "the store was over its limit");
+    let after = fixture.build("after-deep", "CMD [\"/bin/sh\"]").await;
+    assert!(after.result.is_ok(), "{:?}", after.result);
 }
 
 mod dockerfiles;
