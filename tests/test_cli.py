@@ -91,8 +91,8 @@ def test_the_beginning_of_an_id_is_enough(server, microvm):
 
 
 def test_logs_print_what_the_app_wrote(server, microvm):
-    succeed(server, "curl", microvm, "/", "--port", str(FLASK_PORT))
-    support.eventually(lambda: succeed(server, "logs", microvm).strip(), "the app's output")
+    succeed(server, "curl", microvm, "/say?words=hello", "--port", str(FLASK_PORT))
+    support.eventually(lambda: "hello" in succeed(server, "logs", microvm).splitlines(), "the app's output")
 
 
 def test_an_unknown_microvm_is_named(server):

@@ -73,6 +73,13 @@ def fetch():
         return Response(f"{error}\n", 502, mimetype="text/plain")
 
 
+@app.get("/say")
+def say():
+    """Writes `?words=` to the output."""
+    print(request.args["words"], flush=True)
+    return {}
+
+
 @app.get("/sleep")
 def sleep():
     """Answers after `?seconds=`."""

@@ -423,7 +423,7 @@ impl Prison {
         let disk = build.make_disk(work.disk()).await.unwrap();
         let store = build.workshop.stores.take(&build.request.account).await.unwrap();
         let mut uplink = build.request.uplink.take().unwrap();
-        let sandbox = build.start(&store, &work, uplink.as_mut(), &Stop::after(PATIENCE)).await.unwrap();
+        let sandbox = build.start(&store, &work, uplink.as_mut(), &[], &Stop::after(PATIENCE)).await.unwrap();
         Self { build, work, disk, sandbox, _scratch: scratch, _uplink: uplink }
     }
 
