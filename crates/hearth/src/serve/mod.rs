@@ -312,7 +312,8 @@ async fn builder(config: &ServeConfig, dir: &DataDir, kit: &Kit) -> anyhow::Resu
     builder_config.deadline = config.build_timeout();
     builder_config.cache = config.build_cache.limits();
     builder_config.registries = config.registries.registries();
-    builder_config.memory = host_memory().map(|total| total / 4 * 3);
+    let builds = settings(config, dir).max_concurrent_builds.max(1) as u64;
+    builder_config.memory = host_memory().map(|total| total / 4 * 3 / builds);
     builder_config.limits = config.archive_limits();
     let builder = Builder::new(builder_config);
     builder.prepare().await.context("preparing the image builder")?;
