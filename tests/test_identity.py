@@ -265,9 +265,17 @@ def test_an_app_may_suspend_itself_where_the_operator_allows_it(own, image_arn):
 @pytest.mark.compat("logs.role")
 def test_logs_are_shown_as_the_role_allows_and_kept_in_any_case(own, guests):
     logs = own.client("logs")
-    shown = [stream["logStreamName"] for stream in logs.describe_log_streams(logGroupName="/aws/lambda-microvms/identity")["logStreams"]]
-    of = {role: [name for name in shown if guest.id in name] for role, guest in guests.items()}
-    assert of["reader"] == [] and of[None] == [] and len(of["runner"]) == 1, shown
+
+    def streams() -> dict[str | None, list[str]]:
+        shown = [stream["logStreamName"] for stream in logs.describe_log_streams(logGroupName="/aws/lambda-microvms/identity")["logStreams"]]
+        return {role: [name for name in shown if guest.id in name] for role, guest in guests.items()}
+
+    # Each request is a line of the app's.
+    for guest in guests.values():
+        guest.http("/environment")
+    support.eventually(lambda: streams()["runner"], "the log of the MicroVM whose role may write one")
+    of = streams()
+    assert of["reader"] == [] and of[None] == [] and len(of["runner"]) == 1, of
     kept = own.hearth("logs", guests["reader"].id).stdout
     assert "does not allow logs:CreateLogStream" in kept, kept
 
