@@ -29,7 +29,7 @@ use crate::{
     progress::Progress,
     registry::{self, Login},
     root::Root,
-    sandbox::{Host, Sandbox, SandboxError, WorkDir, inside},
+    sandbox::{Host, INHERITED_ENV, Sandbox, SandboxError, WorkDir, inside},
     stores::{Store, Stores},
     trees,
     uplink::Uplink,
@@ -270,7 +270,7 @@ impl Build {
         if self.request.no_cache {
             command.arg("--no-cache");
         }
-        for name in ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"] {
+        for name in INHERITED_ENV {
             if std::env::var_os(name).is_some() {
                 command.args(["--build-arg", name]);
             }

@@ -46,7 +46,7 @@ const BRIDGE: &str = "10.0.3.1/24";
 const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
 /// The host's settings that matter for reaching registries.
-const INHERITED_ENV: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
+pub(crate) const INHERITED_ENV: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"];
 
 /// A sandbox could not be started.
 #[derive(Debug, thiserror::Error)]
