@@ -27,7 +27,8 @@ descriptors       for d in 3 4 5 6 7 8 9; do ls /proc/1/fd/$d/ && exit 0; done; 
 memory-disk       mknod /d b 254 0 && head -c 1 /d
 memory-device     mknod /m c 1 1 && head -c 1 /m
 kernel-messages   head -c 1 /dev/kmsg || head -c 1 /proc/kmsg
-kernel-memory     head -c 1 /proc/kcore
+kernel-memory     head -c 1 /proc/kcore | grep -q .
+memory-disks      for n in 0 16 32 48 64; do mknod /d$n b 254 $n && head -c 1 /d$n && exit 0; done; exit 1
 mount-tmpfs       mount -t tmpfs tmpfs /mnt
 mount-disk        mount -t ext4 /dev/vda /mnt || mount -t ext4 /dev/sda1 /mnt
 mount-bind        mount --bind / /mnt

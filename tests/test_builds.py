@@ -13,6 +13,7 @@ import http.server
 import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import tarfile
@@ -289,6 +290,15 @@ ecr_registries = ["{private.address}"]
                 assert "pulled earlier" in log and "again yes" in log, log
                 log = built(server, "other-tag", "FROM public.ecr.aws/lambda/microvms:al2023\nRUN cat /etc/os-release\n")
                 assert "stand-in, made of Debian packages" in log, log
+
+
+def test_layer_store_that_the_builder_cannot_use_begins_anew():
+    with support.scratch() as directory, support.serving(f'build_cache_dir = "{directory}/cache"\n') as server:
+        built(server, "first", f"FROM {support.BASE_IMAGE}\nRUN true\n")
+        (data,) = (directory / "cache/accounts").glob("*/0/data")
+        shutil.chown(data, 0, 0)
+        log = built(server, "second", f"FROM {support.BASE_IMAGE}\nRUN echo built again\n")
+        assert "built again" in log, log
 
 
 def test_builds_at_once_share_neither_ports_nor_layers():

@@ -84,7 +84,7 @@ pub fn ensure(out: &Path) -> Result<Kit> {
     let wanted = Inputs::from([
         (VMLINUZ.to_owned(), fingerprint(&[&package.identity()])),
         (INITRAMFS.to_owned(), fingerprint(&[&package.identity(), &checksum(&guest)?.sha256, &modules::WANTED.join(" ")])),
-        (BUILDER.to_owned(), fingerprint(&[&builder.identity()])),
+        (BUILDER.to_owned(), fingerprint(&[&builder.identity(), &package.identity(), &modules::FOR_BUILDER.join(" ")])),
         (BASE.to_owned(), fingerprint(&[&sources.identity(&standin)?])),
     ]);
     let present = Present::read(out);
@@ -109,7 +109,7 @@ pub fn ensure(out: &Path) -> Result<Kit> {
         match name.as_str() {
             VMLINUZ => kernel()?.copy_image(&file)?,
             INITRAMFS => write_initramfs(&file, &guest, &kernel()?)?,
-            BUILDER => builder.build(&file)?,
+            BUILDER => builder.build(&file, &kernel()?)?,
             _ => sources.build(&file, &standin)?,
         }
         println!("made the kit's {name} in {:.1} s", started.elapsed().as_secs_f64());
@@ -190,7 +190,7 @@ fn write_initramfs(file: &Path, guest: &Path, kernel: &Kernel) -> Result<()> {
     archive.file("init", 0o755, &read(guest)?).with_context(doing)?;
     archive.directory("modules").with_context(doing)?;
     let mut order = String::new();
-    for module in kernel.modules()? {
+    for module in kernel.modules(modules::WANTED)? {
         let name = module.file_name().and_then(|name| name.to_str()).context("a kernel module without a name")?;
         archive.file(&format!("modules/{name}"), 0o644, &read(&module)?).with_context(doing)?;
         order.push_str(name);

@@ -8,9 +8,8 @@ use std::{
 
 use crate::{
     BuildError,
-    bundle::BASE_ARCHIVE,
     process::{Captured, ProcessError, Stop},
-    sandbox::Sandbox,
+    sandbox::{BASE_ARCHIVE, Sandbox},
 };
 
 /// For how long a registry that was not reached is not asked again.

@@ -19,24 +19,23 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    BuildError, BuildRequest, BuilderConfig, Built, ImageBuilder, PrepareError,
+    BuildError, BuildRequest, BuilderConfig, Built, ImageBuilder, MachineError, PrepareError, Room,
     archive::{self, ArchiveError},
     base::{Base, Unreachable},
-    bundle::{DISK, FIRST_ID},
     config::{self, Description},
     dockerfile,
-    process::{ProcessError, Stop, Stopped, run_captured, run_translated},
+    process::{ProcessError, Stop, Stopped, run_captured},
     progress::Progress,
     registry::{self, Login},
     root::Root,
-    sandbox::{Host, INHERITED_ENV, Sandbox, SandboxError, WorkDir, inside},
+    sandbox::{Call, DISK, FIRST_ID, Host, INHERITED_ENV, Sandbox, SandboxError, WorkDir, inside},
     stores::{Store, Stores},
     trees,
-    uplink::Uplink,
 };
 
 /// Programs that a build runs, how to ask each for its version, and the Debian package it is in.
-const TOOLS: [(&str, &str, &str); 3] = [("runc", "--version", "runc"), ("unshare", "--version", "util-linux"), ("tar", "--version", "tar")];
+const TOOLS: [(&str, &str, &str); 4] =
+    [("runc", "--version", "runc"), ("unshare", "--version", "util-linux"), ("tar", "--version", "tar"), ("mke2fs", "-V", "e2fsprogs")];
 
 /// Identity of every file system, and seed of its directory hashes: the same layers give the same bytes.
 const FILESYSTEM_UUID: &str = "6f1c9a40-5b0e-4c53-9a5d-3c1f3c8f2b11";
@@ -81,8 +80,8 @@ impl Builder {
         let dir = std::path::absolute(dir).map_err(|error| PrepareError(format!("finding {}: {error}", dir.display())))?;
         let open = async {
             let roots = self.config.builder_dir.clone().unwrap_or_else(|| dir.join("builder"));
-            let root =
-                Root::ensure(&roots, &self.config.builder.path, &self.config.builder.sha256).await.map_err(PrepareError::from_display)?;
+            let root = Root::ensure(&roots, &self.config.builder.path, &self.config.builder.sha256, self.config.machines).await;
+            let root = root.map_err(PrepareError::from_display)?;
             let stores = Stores::new(&dir, self.config.cache);
             stores.trim().await.map_err(PrepareError::from_display)?;
             let config = BuilderConfig { cache_dir: dir.clone(), ..self.config.clone() };
@@ -149,14 +148,14 @@ impl Build {
             ))
             .await;
         }
-        let mut uplink = self.request.uplink.take().ok_or_else(|| BuildError::Platform("the build has no network".into()))?;
+        let mut room = self.request.room.take().ok_or_else(|| BuildError::Platform("the build has no place to run".into()))?;
         let logins = self.logins(&recipe.images).await;
         let disk = self.make_disk(work.disk()).await?;
-        let sandbox = self.start(&store, &work, uplink.as_mut(), &logins, stop).await?;
-        let built = self.in_sandbox(&sandbox, &recipe.images, uplink.as_mut(), stop).await;
+        let sandbox = self.start(&store, &work, &mut room, &logins, stop).await?;
+        let built = self.in_sandbox(&sandbox, &recipe.images, &mut room, stop).await;
         sandbox.end().await;
         // The network is needed until every process is gone.
-        drop(uplink);
+        drop(room);
         let built = built?;
         // Now no process of the sandbox can write to it any more.
         self.take_disk(&disk, work.disk()).await?;
@@ -207,18 +206,12 @@ impl Build {
     }
 
     /// Starts the sandbox; once more on an empty store if the daemon does not start on this one.
-    async fn start(
-        &self,
-        store: &Store,
-        work: &WorkDir,
-        uplink: &mut dyn Uplink,
-        logins: &[Login],
-        stop: &Stop,
-    ) -> Result<Sandbox, BuildError> {
+    async fn start(&self, store: &Store, work: &WorkDir, room: &mut Room, logins: &[Login], stop: &Stop) -> Result<Sandbox, BuildError> {
         let config = &self.workshop.config;
         let host = Host {
             runtime_dir: config.cache_dir.join("runtime"),
             root: self.workshop.root.dir.clone(),
+            root_disk: self.workshop.root.disk.clone(),
             base_archive: config.base.path.clone(),
             memory: config.memory,
             insecure_registries: config.registries.insecure.clone(),
@@ -226,18 +219,18 @@ impl Build {
         };
         let auths = registry::auths(config.registries.auth_file.as_deref(), logins).await?;
         let id = format!("hearth-build-{}", self.request.id);
-        match Sandbox::start(&host, &id, store, work, uplink, auths.clone(), stop).await {
+        match Sandbox::start(&host, &id, store, work, room, auths.clone(), stop).await {
             Err(error @ (SandboxError::Start(_) | SandboxError::Slow)) => {
                 tracing::warn!(build = self.request.id, %error, "the image builder did not start; trying once more with an empty layer store");
                 store.renew().await?;
-                Sandbox::start(&host, &id, store, work, uplink, auths, stop).await
+                Sandbox::start(&host, &id, store, work, room, auths, stop).await
             }
             started => started,
         }
         .map_err(|error| self.sandbox_error(error))
     }
 
-    async fn in_sandbox(&self, sandbox: &Sandbox, images: &[String], uplink: &mut dyn Uplink, stop: &Stop) -> Result<Built, BuildError> {
+    async fn in_sandbox(&self, sandbox: &Sandbox, images: &[String], room: &mut Room, stop: &Stop) -> Result<Built, BuildError> {
         let config = &self.workshop.config;
         let base = Base {
             repositories: &config.base_names,
@@ -249,7 +242,7 @@ impl Build {
             let provided = base.provide(sandbox, image, self.request.no_cache, stop).await;
             self.say(self.unless_stopped(provided, stop)?).await;
         }
-        uplink.restrict().await.map_err(|error| BuildError::Platform(Box::new(error)))?;
+        room.restrict().await.map_err(|error| BuildError::Platform(Box::new(error)))?;
         let image = self.run_dockerfile(sandbox, stop).await?;
         let Description { config, layers } = self.inspect(sandbox, &image, stop).await?;
         let content_bytes = self.flatten(sandbox, &layers, stop).await?;
@@ -264,21 +257,18 @@ impl Build {
 
     /// Returns the image's id.
     async fn run_dockerfile(&self, sandbox: &Sandbox, stop: &Stop) -> Result<String, BuildError> {
-        let mut command = sandbox.command("/", "docker");
-        command.args(["buildx", "build", "--progress=rawjson", "--pull=false", "--load"]);
-        command.args(["--file", &inside("recipe/Dockerfile"), "--iidfile", IMAGE_ID]);
+        let mut call = Call::new("docker").args(["buildx", "build", "--progress=rawjson", "--pull=false", "--load"]);
+        call = call.args(["--file", &inside("recipe/Dockerfile"), "--iidfile", IMAGE_ID]);
         if self.request.no_cache {
-            command.arg("--no-cache");
+            call = call.args(["--no-cache"]);
         }
-        for name in INHERITED_ENV {
-            if std::env::var_os(name).is_some() {
-                command.args(["--build-arg", name]);
-            }
+        for name in INHERITED_ENV.into_iter().filter(|name| std::env::var_os(name).is_some()) {
+            call = call.args(["--build-arg", name]);
         }
-        command.arg(inside("context"));
+        call = call.args([inside("context")]);
         let mut progress = Progress::default();
-        let run = run_translated(command, stop, &self.request.log, |line| progress.take(line));
-        let status = sandbox.with_end(stop, run).await.map_err(|error| self.process_error(error))?;
+        let run = sandbox.translate(call, stop, &self.request.log, |line| progress.take(line));
+        let status = run.await.map_err(|error| self.process_error(error))?;
         let (lines, failed) = progress.finish();
         for line in &lines {
             self.say(line.clone()).await;
@@ -297,9 +287,7 @@ impl Build {
     }
 
     async fn image_id(&self, sandbox: &Sandbox, stop: &Stop) -> Result<String, BuildError> {
-        let mut command = sandbox.command("/", "cat");
-        command.arg(IMAGE_ID);
-        let read = sandbox.with_end(stop, run_captured(command, stop)).await.map_err(|error| self.process_error(error))?;
+        let read = sandbox.capture(Call::new("cat").args([IMAGE_ID]), stop).await.map_err(|error| self.process_error(error))?;
         let text = String::from_utf8_lossy(&read.stdout);
         let digits = text.trim().strip_prefix("sha256:").filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
         let digits = digits.filter(|digits| !digits.is_empty());
@@ -342,9 +330,9 @@ impl Build {
 
     /// Fills the image's disk. Returns the size of the contents.
     async fn flatten(&self, sandbox: &Sandbox, layers: &[String], stop: &Stop) -> Result<u64, BuildError> {
-        let mut command = sandbox.command(LAYERS, "sh");
-        command.args([&inside("flatten.sh"), DISK, &self.request.disk_bytes.to_string(), FILESYSTEM_UUID]).args(layers);
-        let flat = sandbox.with_end(stop, run_captured(command, stop)).await.map_err(|error| self.process_error(error))?;
+        let call =
+            Call::new("sh").within(LAYERS).args([&inside("flatten.sh"), DISK, &self.request.disk_bytes.to_string(), FILESYSTEM_UUID]);
+        let flat = sandbox.capture(call.args(layers), stop).await.map_err(|error| self.process_error(error))?;
         if !flat.status.success() {
             let full = ["Could not allocate", "No space left"].iter().any(|sign| flat.stderr.contains(sign));
             return Err(if full {
@@ -388,6 +376,7 @@ impl Build {
         match error {
             ProcessError::Stopped(stopped) => self.stopped(stopped),
             ProcessError::Io(source) => io_error("running the image builder", source),
+            ProcessError::Machine(error) => machine_error(error),
             error @ ProcessError::Spawn { .. } => BuildError::Platform(Box::new(error)),
         }
     }
@@ -397,8 +386,17 @@ impl Build {
             SandboxError::Stopped(stopped) => self.stopped(stopped),
             SandboxError::Process(error) => self.process_error(error),
             SandboxError::Io { what, source } => io_error(what, source),
+            SandboxError::Machine(error) => machine_error(error),
             error => BuildError::Platform(Box::new(error)),
         }
+    }
+}
+
+fn machine_error(error: MachineError) -> BuildError {
+    match error {
+        MachineError::OutOfMemory(_) => BuildError::ContainerBuildFailed(error.to_string()),
+        MachineError::Capacity(reason) => BuildError::Capacity(reason),
+        error => BuildError::Platform(Box::new(error)),
     }
 }
 

@@ -45,6 +45,9 @@ pub enum BuildError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// the host has no memory for it now
+    #[error("{0}")]
+    Capacity(String),
     /// the host's fault
     #[error("{0}")]
     Platform(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -71,6 +74,7 @@ impl BuildError {
             }
             Self::ConfigInvalid(reason) => format!("CONTAINER_BUILD_FAILED: The image's configuration cannot be used: {reason}."),
             Self::DiskFull(_) => "DISK_STORAGE_FULL: The image's contents do not fit on the disk.".to_owned(),
+            Self::Capacity(reason) => format!("INTERNAL_PLATFORM_ERROR: {reason}"),
             Self::Cancelled => "INTERNAL_PLATFORM_ERROR: The build was cancelled.".to_owned(),
             Self::Io { .. } | Self::Platform(_) => {
                 "INTERNAL_PLATFORM_ERROR: The build failed because of this host; its log says why.".to_owned()

@@ -6,7 +6,7 @@
 //! dockerfile ─────────┘     store of the account's layers   └─▶ flatten ─▶ ext4
 //! ```
 //!
-//! BuildKit runs the Dockerfile, in a sandbox that has nothing of the host (`bundle`, `sandbox`) and a network of its own (`uplink`). This
+//! BuildKit runs the Dockerfile, in a `sandbox` that has nothing of the host and a network of its own: namespaces, or a virtual machine. This
 //! crate guards what goes in, streams what BuildKit says, and flattens what comes out.
 
 #![forbid(unsafe_code)]
@@ -14,7 +14,6 @@
 mod archive;
 mod base;
 mod builder;
-mod bundle;
 mod config;
 mod dockerfile;
 mod error;
@@ -25,6 +24,7 @@ mod lines;
 mod process;
 mod progress;
 mod registry;
+mod room;
 mod root;
 mod sandbox;
 mod stores;
@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 pub use builder::Builder;
 pub use error::{BuildError, PrepareError};
 pub use registry::{Login, LoginError, Logins};
+pub use room::{BuildMachine, MachineDisk, MachineError, MachineSpec, Output, Program, Room};
 pub use stores::{CacheLimits, CacheUsage, cache_usage};
 pub use uplink::{Connection, Uplink, UplinkError};
 
@@ -76,8 +77,10 @@ pub struct BuilderConfig {
     pub limits: ArchiveLimits,
     /// Limits of the layer stores.
     pub cache: CacheLimits,
-    /// Most memory of a build, in bytes.
+    /// Most memory of a build in namespaces, in bytes.
     pub memory: Option<u64>,
+    /// Builds may run in virtual machines: what those boot from is made ready.
+    pub machines: bool,
     /// How registries are reached.
     pub registries: Registries,
     /// Longest time a build may take.
@@ -96,6 +99,7 @@ impl BuilderConfig {
             limits: ArchiveLimits::default(),
             cache: CacheLimits::default(),
             memory: None,
+            machines: false,
             registries: Registries::default(),
             deadline: Duration::from_secs(30 * 60),
         }
@@ -139,8 +143,8 @@ pub struct BuildRequest {
     pub account: String,
     /// Uses no layer that is there already, and asks registries for the present base image.
     pub no_cache: bool,
-    /// Connects the build. `None` fails it.
-    pub uplink: Option<Box<dyn Uplink>>,
+    /// Where it runs. `None` fails it.
+    pub room: Option<Room>,
     /// Who may know logins for registries, beside the operator's file.
     pub logins: Option<Arc<dyn Logins>>,
     /// The zip archive.

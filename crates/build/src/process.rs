@@ -20,16 +20,16 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::lines::LineSplitter;
+use crate::{MachineError, lines::LineSplitter};
 
 /// How long a killed process may take to disappear.
 const REAP: Duration = Duration::from_secs(10);
 
 /// Most bytes kept of a captured stream; the rest is read and dropped.
-const CAPTURE_LIMIT: usize = 16 << 20;
+pub(crate) const CAPTURE_LIMIT: usize = 16 << 20;
 
 /// Longest line that a process may print for `run_translated`. Longer ones are cut.
-const MAX_TRANSLATED: usize = 4 << 20;
+pub(crate) const MAX_TRANSLATED: usize = 4 << 20;
 
 /// When to stop waiting.
 #[derive(Debug, Clone)]
@@ -77,6 +77,8 @@ pub(crate) enum ProcessError {
     Spawn { program: String, source: io::Error },
     #[error("talking to a child process: {0}")]
     Io(#[from] io::Error),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
     #[error(transparent)]
     Stopped(#[from] Stopped),
 }

@@ -14,7 +14,11 @@ use crate::process::{ProcessError, Stop, run_captured};
 
 const UNPACK: Duration = Duration::from_secs(300);
 /// Longest wait for another server that unpacks.
-const TURN: Duration = Duration::from_secs(320);
+const TURN: Duration = Duration::from_secs(620);
+/// Ends the name of a version's disk.
+const DISK: &str = "disk";
+/// Size of the disk. All that is not written is a hole.
+const DISK_SIZE: &str = "32G";
 
 /// The root file system cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -27,19 +31,24 @@ pub(crate) enum RootError {
     Busy,
     #[error("unpacking the builder's root file system: {0}")]
     Tar(String),
+    #[error("making a disk of the builder's root file system: {0}")]
+    Disk(String),
 }
 
 /// A root file system that is there as long as this value lives.
 #[derive(Debug)]
 pub(crate) struct Root {
     pub(crate) dir: PathBuf,
+    /// The same on a disk, for machines.
+    pub(crate) disk: Option<PathBuf>,
     /// Says that a server uses it.
     _used: File,
 }
 
 impl Root {
-    /// Unpacks `archive` below `roots`, unless that was done, and deletes the versions that no server uses.
-    pub(crate) async fn ensure(roots: &Path, archive: &Path, checksum: &str) -> Result<Self, RootError> {
+    /// Unpacks `archive` below `roots`, unless that was done, with a disk of it if there are `machines`, and deletes the versions that no server
+    /// uses.
+    pub(crate) async fn ensure(roots: &Path, archive: &Path, checksum: &str, machines: bool) -> Result<Self, RootError> {
         let io_error = |what| move |source| RootError::Io { what, source };
         fs::create_dir_all(roots).map_err(io_error("making the builder's directory"))?;
         let _turn = turn(roots).await?;
@@ -51,10 +60,16 @@ impl Root {
             unpack(archive, &roots.join("unfinished")).await?;
             fs::rename(roots.join("unfinished"), &dir).map_err(io_error("finishing the builder's root file system"))?;
         }
+        let disk = roots.join(format!("{name}.{DISK}"));
+        if machines && !disk.exists() {
+            let unfinished = roots.join("unfinished.disk");
+            make_disk(&dir, &unfinished).await?;
+            fs::rename(unfinished, &disk).map_err(io_error("finishing the builder's disk"))?;
+        }
         if let Err(error) = remove_unused(roots, name) {
             tracing::warn!(%error, "an earlier version of the image builder is left");
         }
-        Ok(Self { dir, _used: used })
+        Ok(Self { dir, disk: machines.then_some(disk), _used: used })
     }
 }
 
@@ -79,6 +94,19 @@ async fn unpack(archive: &Path, into: &Path) -> Result<(), RootError> {
     if ran.status.success() { Ok(()) } else { Err(RootError::Tar(ran.stderr)) }
 }
 
+/// A file system of the tree, with room for a build's context.
+async fn make_disk(tree: &Path, disk: &Path) -> Result<(), RootError> {
+    if disk.exists() {
+        fs::remove_file(disk).map_err(|source| RootError::Io { what: "deleting what an interrupted start left", source })?;
+    }
+    let mut mke2fs = Command::new("mke2fs");
+    // Nothing that is written to it outlives its machine.
+    mke2fs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1", "-d"]).arg(tree);
+    mke2fs.arg(disk).arg(DISK_SIZE).stdin(Stdio::null());
+    let ran = run_captured(mke2fs, &Stop::after(UNPACK)).await?;
+    if ran.status.success() { Ok(()) } else { Err(RootError::Disk(ran.stderr)) }
+}
+
 fn lock_of(roots: &Path, name: &str) -> io::Result<File> {
     OpenOptions::new().read(true).append(true).create(true).open(roots.join(format!("{name}.lock")))
 }
@@ -91,6 +119,10 @@ fn remove_unused(roots: &Path, current: &str) -> io::Result<()> {
             continue;
         }
         fs::remove_dir_all(&path)?;
+        let disk = roots.join(format!("{name}.{DISK}"));
+        if disk.exists() {
+            fs::remove_file(disk)?;
+        }
         fs::remove_file(roots.join(format!("{name}.lock")))?;
     }
     Ok(())

@@ -1,6 +1,5 @@
 #!/bin/sh
-# Runs a step of a Dockerfile: the OCI runtime as the image builder calls it. The sandbox's control group holds all steps, so they have none
-# of their own. Every image has a /tmp, also one that begins from scratch.
+# Runs a step of a Dockerfile: the OCI runtime as the image builder calls it. Every image has a /tmp, also one that begins from scratch.
 previous=
 for argument; do
     if [ "$previous" = --bundle ]; then
@@ -12,4 +11,7 @@ for argument; do
     fi
     previous=$argument
 done
-exec crun --cgroup-manager=disabled "$@"
+# In a container, its control group holds all steps, and devices are closed to its root. In a machine, each step's own group closes them.
+manager=disabled
+[ ! -b /dev/store ] || manager=cgroupfs
+exec crun --cgroup-manager="$manager" "$@"

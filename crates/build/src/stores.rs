@@ -1,7 +1,8 @@
 //! Layer stores: where the image builder keeps images and layers, each account apart.
 //!
 //! ```text
-//! accounts/<account>/<n>/data     what the builder's daemon keeps
+//! accounts/<account>/<n>/data     what the builder's daemon keeps in namespaces
+//! accounts/<account>/<n>/disk     the same in virtual machines: a file system in a file
 //! accounts/<account>/<n>/born     when it was made: a store that is too old is made afresh, so that no layer is kept for ever
 //! accounts/<account>/<n>/lock     held by the build that uses it, and by the processes of its sandbox
 //! ```
@@ -22,12 +23,15 @@ use tokio::task::spawn_blocking;
 
 use crate::{
     BuildError,
-    bundle::FIRST_ID,
+    sandbox::FIRST_ID,
     trees::{self, disk_usage},
 };
 
 /// Most stores of one account, and so most builds of it at once.
 const MOST_STORES: u32 = 64;
+
+/// Largest disk of a store, in bytes: what ext4 holds with room to spare.
+const MOST_DISK: u64 = 8 << 40;
 
 /// Limits of all stores together.
 #[derive(Debug, Clone, Copy)]
@@ -70,6 +74,8 @@ pub(crate) struct Stores {
 #[derive(Debug)]
 pub(crate) struct Store {
     dir: PathBuf,
+    /// Size of its disk, if one is made.
+    disk_bytes: u64,
     pub(crate) lock: File,
     /// It had become too old, and is empty now.
     pub(crate) renewed: bool,
@@ -91,8 +97,8 @@ impl Stores {
 
     /// Waits for a store of an account.
     pub(crate) async fn take(&self, account: &str) -> Result<Store, StoreError> {
-        let (dir, age) = (self.dir.join(account), self.limits.age);
-        spawn_blocking(move || take(&dir, age)).await.expect("taking a store does not panic")
+        let (dir, limits) = (self.dir.join(account), self.limits);
+        spawn_blocking(move || take(&dir, limits)).await.expect("taking a store does not panic")
     }
 
     /// Deletes the stores that were used least recently until all together are within the limit. Those in use stay.
@@ -118,6 +124,19 @@ impl Store {
         self.dir.join("data")
     }
 
+    /// The disk that a virtual machine keeps it on: twice what all stores may hold, because that is seen to after the build. All of it is a hole
+    /// until it is written.
+    pub(crate) async fn disk(&self) -> Result<PathBuf, StoreError> {
+        let path = self.dir.join("disk");
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = file.map_err(failed("making the layer store's disk", &path))?;
+        let present = file.metadata().map_err(failed("looking at the layer store's disk", &path))?.len();
+        if present == 0 {
+            file.set_len(self.disk_bytes).map_err(failed("sizing the layer store's disk", &path))?;
+        }
+        Ok(path)
+    }
+
     /// Empties the store.
     pub(crate) async fn renew(&self) -> Result<(), StoreError> {
         let dir = self.dir.clone();
@@ -130,7 +149,7 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreErr
     move |source| StoreError::Io { what, path, source }
 }
 
-fn take(account: &Path, age: Duration) -> Result<Store, StoreError> {
+fn take(account: &Path, limits: CacheLimits) -> Result<Store, StoreError> {
     for number in 0..MOST_STORES {
         let dir = account.join(number.to_string());
         DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed("making the layer store", &dir))?;
@@ -138,7 +157,7 @@ fn take(account: &Path, age: Duration) -> Result<Store, StoreError> {
         let lock = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(&path);
         let lock = lock.map_err(failed("opening the lock", &path))?;
         match lock.try_lock() {
-            Ok(()) => return open(dir, lock, age),
+            Ok(()) => return open(dir, lock, limits),
             Err(TryLockError::WouldBlock) => {}
             Err(TryLockError::Error(error)) => return Err(failed("locking", &path)(error)),
         }
@@ -146,21 +165,27 @@ fn take(account: &Path, age: Duration) -> Result<Store, StoreError> {
     Err(StoreError::Busy)
 }
 
-fn open(dir: PathBuf, lock: File, age: Duration) -> Result<Store, StoreError> {
+fn open(dir: PathBuf, lock: File, limits: CacheLimits) -> Result<Store, StoreError> {
     let born = fs::read_to_string(dir.join("born")).ok().and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let is_current = born.is_some_and(|born| born <= now && now - born < age) && dir.join("data").exists();
+    let is_current = born.is_some_and(|born| born <= now && now - born < limits.age) && dir.join("data").exists();
     if !is_current {
         renew(&dir)?;
     }
     // Its time says when the store was last used.
     lock.set_modified(SystemTime::now()).map_err(failed("marking the layer store as used", &dir))?;
-    Ok(Store { dir, lock, renewed: !is_current && born.is_some() })
+    Ok(Store { dir, disk_bytes: limits.bytes.saturating_mul(2).min(MOST_DISK), lock, renewed: !is_current && born.is_some() })
 }
 
 fn renew(dir: &Path) -> Result<(), StoreError> {
     let data = dir.join("data");
     remove(&data)?;
+    let disk = dir.join("disk");
+    if let Err(error) = fs::remove_file(&disk)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(failed("deleting the layer store's disk", &disk)(error));
+    }
     DirBuilder::new().mode(0o700).create(&data).map_err(failed("making the layer store", &data))?;
     chown(&data, Some(FIRST_ID), Some(FIRST_ID)).map_err(failed("giving away the layer store", &data))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

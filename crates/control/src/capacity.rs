@@ -57,8 +57,10 @@ pub(crate) struct Shared<'a> {
 
 /// The host's memory, in MiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct HostMemory {
+pub struct HostMemory {
+    /// All of it.
     pub total_mib: u64,
+    /// What programs can still have, by the kernel's estimate.
     pub available_mib: u64,
 }
 

@@ -36,6 +36,7 @@ pub mod types;
 mod versions;
 
 pub use architecture::{Architecture, Architectures};
+pub use capacity::HostMemory;
 pub use control::{Control, Deps, StartError};
 pub use error::ControlError;
-pub use settings::{ActivitySettings, CapacitySettings, GuestSettings, GuestSize, Settings};
+pub use settings::{ActivitySettings, BuildMachineSettings, CapacitySettings, GuestSettings, GuestSize, Settings};

@@ -15,6 +15,8 @@ pub struct Settings {
     pub domain: String,
     /// Builds that run at once, at least 1; others wait in `PENDING`.
     pub max_concurrent_builds: usize,
+    /// The virtual machine that each build runs in; none: they run in namespaces of the host.
+    pub build_machine: Option<BuildMachineSettings>,
     /// Longest time an image's first boot may take.
     pub boot_timeout: Duration,
     /// Longest time from the start of an image's app until it accepts connections.
@@ -43,6 +45,15 @@ pub struct Settings {
     pub connectors: BTreeMap<String, EgressPolicy>,
     /// What guests may use of the server.
     pub guests: GuestSettings,
+}
+
+/// Size of the virtual machine that a build runs in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BuildMachineSettings {
+    /// Memory, in MiB.
+    pub memory_mib: u32,
+    /// Virtual processors.
+    pub vcpus: u8,
 }
 
 /// What guests may use of the server.
@@ -120,6 +131,7 @@ impl Settings {
             data_dir,
             domain: "localhost".to_owned(),
             max_concurrent_builds: if cores <= 2 { 1 } else { 2 },
+            build_machine: None,
             boot_timeout: Duration::from_secs(180),
             ready_timeout: Duration::from_secs(300),
             wake_timeout: Duration::from_secs(60),

@@ -310,6 +310,14 @@ impl Machine for FakeMachine {
         Ok(4096)
     }
 
+    async fn restrict(&mut self, _egress: &Egress) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    async fn share(&mut self, _address: SocketAddr) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
     async fn capture(self: Box<Self>, into: PathBuf) -> Result<Snapshot, CaptureError> {
         self.engine.tell("capture");
         if self.engine.fail_capture.load(Ordering::SeqCst) {

@@ -40,7 +40,7 @@ use serde::{Deserialize, Deserializer, de};
 pub use builds::{BuildCacheConfig, RegistriesConfig};
 pub use endpoints::EndpointsConfig;
 pub use guests::{AwsConfig, ExtensionsConfig, RolesConfig};
-pub use machines::{ActivityConfig, Architectures, CapacityConfig, GuestSize};
+pub use machines::{ActivityConfig, Architectures, BuildIsolation, CapacityConfig, GuestSize};
 pub use quotas::{ConnectorConfig, QuotasConfig};
 pub use tls::TlsConfig;
 
@@ -101,6 +101,12 @@ pub struct ServeConfig {
     /// What guests see of the size that their image asks for: `baseline`, that size, or `peak`, four times its memory and AWS's processors for
     /// it, as far as the host has them. Applies to images that are built from then on. `baseline`.
     pub guest_size: GuestSize,
+    /// What the steps of a Dockerfile run in: `namespaces` of this host, or a `microvm` of their own; `auto`: a MicroVM where the processor runs
+    /// it, namespaces where it would be emulated. `auto`.
+    pub build_isolation: BuildIsolation,
+    /// Most memory of an image build, in MiB. In namespaces three quarters of the host's, in a MicroVM a quarter and 4096 at most, divided by the
+    /// builds that may run at once.
+    pub build_memory_mib: Option<u32>,
     /// What becomes of an image that asks for another architecture than the host's: with `host` it is built for the host's, and its log says
     /// so; with `strict` it is refused. `host`.
     pub architectures: Architectures,
@@ -317,6 +323,8 @@ impl Default for ServeConfig {
             stop_grace_seconds: 2,
             terminated_retention_seconds: 86_400,
             guest_size: GuestSize::Baseline,
+            build_isolation: BuildIsolation::Auto,
+            build_memory_mib: None,
             architectures: Architectures::Host,
             capacity: CapacityConfig::default(),
             activity: ActivityConfig::default(),
@@ -477,6 +485,9 @@ impl ServeConfig {
             if !(1..=most).contains(&value) {
                 return refuse(key, &value, expected);
             }
+        }
+        if let Some(bad) = self.build_memory_mib.filter(|mib| !(256..=1 << 20).contains(mib)) {
+            return refuse("build_memory_mib", &bad, "a number of MiB from 256 to 1048576");
         }
         if !(1.0..=64.0).contains(&self.capacity.overcommit) {
             return refuse("capacity.overcommit", &self.capacity.overcommit, "a number from 1 to 64");
@@ -702,6 +713,7 @@ mod tests {
             ("capacity.overcommit = 0.5", "capacity.overcommit = 0.5"),
             ("activity.cpu_percent = 0", "activity.cpu_percent = 0"),
             ("max_concurrent_builds = 0", "max_concurrent_builds = 0"),
+            ("build_memory_mib = 255", "build_memory_mib = 255"),
             ("build_context_mib = 0", "build_context_mib = 0"),
             ("build_context_entries = 0", "build_context_entries = 0"),
             ("logs.retention_days = 0", "logs.retention_days = 0"),

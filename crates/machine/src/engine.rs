@@ -76,6 +76,12 @@ pub trait Machine: Send + Sync {
     /// Notes which pages this clone has touched so far, beside its snapshot: later launches of that read them ahead. Returns their bytes.
     async fn record_working_set(&self) -> io::Result<u64>;
 
+    /// From now on the guest reaches only what `egress` says. Connections that are open stay open.
+    async fn restrict(&mut self, egress: &Egress) -> Result<(), NetworkError>;
+
+    /// Lets the guest reach an address of the host's loopback, for as long as the machine runs: at its gateway, on the same port.
+    async fn share(&mut self, address: SocketAddr) -> Result<(), NetworkError>;
+
     /// What the machine has used of its host in this life.
     fn usage(&self) -> io::Result<Usage>;
 
@@ -98,7 +104,8 @@ pub trait Outlet: fmt::Debug + Send + Sync {
     /// What is behind the outlet must know of its network.
     fn network(&self) -> Network;
 
-    /// Connects the network namespace of a process: its `eth0` reaches what the host routes, but nothing of the host. Once.
+    /// Connects the network namespace of a process: its `eth0` reaches what the host routes, but nothing of the host. In
+    /// the place of the one before, if there was one.
     async fn plug(&mut self, pid: u32) -> Result<(), NetworkError>;
 
     /// Makes an address of the host's loopback the same address inside what was plugged in.
@@ -205,6 +212,8 @@ pub struct BootSpec {
     pub dir: PathBuf,
     /// Raw ext4 image of the root file system. Stays unchanged; what the boot writes goes to an overlay in `dir`.
     pub rootfs: PathBuf,
+    /// Further disks. A machine that has any cannot be captured.
+    pub disks: Vec<Disk>,
     /// Virtual processors.
     pub vcpus: u8,
     /// Guest memory in MiB.
@@ -215,6 +224,17 @@ pub struct BootSpec {
     pub services: Arc<dyn GuestServices>,
     /// How long the guest may take until it waits for its application.
     pub timeout: Duration,
+}
+
+/// A disk beside the root file system: a file's bytes, and what the guest writes goes into the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Its serial number, by which the guest finds it: at most 20 bytes of ASCII.
+    pub serial: String,
+    /// The file.
+    pub path: PathBuf,
+    /// The guest may write. The file then belongs to the machine's user, until the caller takes it back.
+    pub writable: bool,
 }
 
 /// A machine to launch.

@@ -16,7 +16,7 @@ pub mod snapshot;
 mod working_set;
 
 pub use engine::{
-    BootError, BootSpec, CaptureError, Dial, DialError, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
+    BootError, BootSpec, CaptureError, Dial, DialError, Disk, Engine, GuestError, GuestServices, GuestStream, HookError, LaunchError,
     LaunchSource, LaunchSpec, Machine, MachineEvent, NoServices, Outlet, SuspendError, SuspendOutcome, Suspended, Target, Usage,
 };
 pub use network::{Egress, NetworkError};

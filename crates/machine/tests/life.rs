@@ -149,6 +149,7 @@ impl Bench {
             id: id.to_owned(),
             dir: self.dir.path().join(id),
             rootfs: self.dir.path().join("rootfs.img"),
+            disks: Vec::new(),
             vcpus: 1,
             memory_mib: 512,
             egress: Egress::Internet,

@@ -10,6 +10,8 @@ use anyhow::{Context, Result};
 use super::{
     base::{SOURCE_DATE_EPOCH, Sources},
     fingerprint,
+    kernel::Kernel,
+    modules,
 };
 use crate::process;
 
@@ -28,6 +30,7 @@ const PACKAGES: &[&str] = &[
     "e2fsprogs",
     "git",
     "iproute2",
+    "kmod",
     "nftables",
     "xz-utils",
 ];
@@ -62,9 +65,11 @@ impl Recipe {
         fingerprint(&[SUITE, NEWER_SUITE, &self.mirror, &lists[0], &lists[1], &lists[2]])
     }
 
-    /// Writes the root file system as a tar archive.
-    pub fn build(&self, archive: &Path) -> Result<()> {
+    /// Writes the root file system as a tar archive, with modules of the kernel that it is booted with in a machine.
+    pub fn build(&self, archive: &Path, kernel: &Kernel) -> Result<()> {
         let scratch = tempfile::tempdir().context("making a directory for apt's preferences")?;
+        let modules = scratch.path().join("modules");
+        write_modules(&modules, kernel)?;
         let preferences = scratch.path().join("preferences");
         let pins = format!(
             "Package: *\nPin: release n={NEWER_SUITE}\nPin-Priority: 100\n\nPackage: {}\nPin: release n={NEWER_SUITE}\nPin-Priority: 900\n",
@@ -86,6 +91,7 @@ impl Recipe {
         // Where the sandbox mounts what it gets: its own root may not make directories in here.
         command.arg("--customize-hook=mkdir -p \"$1\"/build \"$1\"/hearth \"$1\"/var/lib/docker");
         command.arg("--customize-hook=: > \"$1\"/hearth/base.tar; : > \"$1\"/etc/resolv.conf; echo 127.0.0.1 localhost > \"$1\"/etc/hosts; rm -f \"$1\"/etc/hostname");
+        command.arg(format!("--customize-hook=cp -r {} \"$1\"/hearth/modules", modules.display()));
         command.arg(SUITE).arg(archive);
         command.arg(format!("deb {} {SUITE} main", self.mirror));
         command.arg(format!("deb {} {SUITE}-updates main", self.mirror));
@@ -93,4 +99,17 @@ impl Recipe {
         command.arg(format!("deb [check-valid-until=no] {} {NEWER_SUITE} main", self.mirror));
         process::output("mmdebstrap", &mut command, LIMIT).map(drop)
     }
+}
+
+/// Modules, and the order to insert them in.
+fn write_modules(dir: &Path, kernel: &Kernel) -> Result<()> {
+    let mut order = String::new();
+    fs::create_dir(dir).context("making a directory for the builder's modules")?;
+    for module in kernel.modules(modules::FOR_BUILDER)? {
+        let name = module.file_name().and_then(|name| name.to_str()).context("a kernel module without a name")?;
+        fs::copy(&module, dir.join(name)).with_context(|| format!("copying {}", module.display()))?;
+        order.push_str(name);
+        order.push('\n');
+    }
+    fs::write(dir.join("order"), order).context("writing the order of the builder's modules")
 }

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-use super::{checksum, modules};
+use super::{checksum, modules::in_order};
 use crate::process;
 
 /// Depends on the newest kernel.
@@ -95,8 +95,8 @@ impl Kernel {
         Ok(())
     }
 
-    /// The modules that the guest needs, each after those it depends on.
-    pub fn modules(&self) -> Result<Vec<PathBuf>> {
+    /// The files of modules, each after those it depends on.
+    pub fn modules(&self, wanted: &[&str]) -> Result<Vec<PathBuf>> {
         // The package leaves this to its installation.
         let mut depmod = Command::new("/usr/sbin/depmod");
         process::output("depmod", depmod.arg("--basedir").arg(self.root.path()).arg(&self.release), UNPACK_LIMIT)?;
@@ -106,7 +106,7 @@ impl Kernel {
             fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
         };
         let (dependencies, builtin) = (read("modules.dep")?, read("modules.builtin")?);
-        let files = modules::in_order(modules::WANTED, &dependencies, &builtin)?;
+        let files = in_order(wanted, &dependencies, &builtin)?;
         Ok(files.iter().map(|file| directory.join(file)).collect())
     }
 }

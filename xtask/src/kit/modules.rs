@@ -20,6 +20,9 @@ pub const WANTED: &[&str] = &[
     "loop",
 ];
 
+/// What the image builder needs besides when it is in a machine: a bridge for the steps of a build, and address translation.
+pub const FOR_BUILDER: &[&str] = &["bridge", "nf_tables", "nft_chain_nat", "nft_masq", "nft_nat", "nft_reject_ipv4"];
+
 /// Files of the wanted modules and their dependencies, each after those it depends on; paths are relative to the kernel's module directory.
 /// `dep` and `builtin` are the texts of `modules.dep` and `modules.builtin` (modules.dep(5)).
 pub fn in_order<'a>(wanted: &[&str], dep: &'a str, builtin: &str) -> Result<Vec<&'a str>> {

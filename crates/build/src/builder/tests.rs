@@ -13,7 +13,7 @@ use super::*;
 use crate::{
     CacheLimits, KitFile,
     process::Captured,
-    uplink::{Connection, UplinkError},
+    uplink::{Connection, Uplink, UplinkError},
 };
 
 /// A name of the managed base image whose registry cannot be reached: there is no network here.
@@ -145,7 +145,7 @@ impl Fixture {
             id: format!("{}-{id}", std::process::id()),
             account: "000000000000".to_owned(),
             no_cache: false,
-            uplink: Some(Box::new(Nowhere)),
+            room: Some(Room::Namespaces(Box::new(Nowhere))),
             logins: None,
             archive,
             work_dir,
@@ -409,7 +409,7 @@ struct Prison {
     disk: tokio::fs::File,
     sandbox: Sandbox,
     _scratch: Scratch,
-    _uplink: Box<dyn Uplink>,
+    _room: Room,
 }
 
 impl Prison {
@@ -422,15 +422,13 @@ impl Prison {
         make_private_directory(&work.0).unwrap();
         let disk = build.make_disk(work.disk()).await.unwrap();
         let store = build.workshop.stores.take(&build.request.account).await.unwrap();
-        let mut uplink = build.request.uplink.take().unwrap();
-        let sandbox = build.start(&store, &work, uplink.as_mut(), &[], &Stop::after(PATIENCE)).await.unwrap();
-        Self { build, work, disk, sandbox, _scratch: scratch, _uplink: uplink }
+        let mut room = build.request.room.take().unwrap();
+        let sandbox = build.start(&store, &work, &mut room, &[], &Stop::after(PATIENCE)).await.unwrap();
+        Self { build, work, disk, sandbox, _scratch: scratch, _room: room }
     }
 
     async fn root(&self, script: &str) -> Captured {
-        let mut command = self.sandbox.command("/", "sh");
-        command.args(["-c", script]);
-        run_captured(command, &Stop::after(PATIENCE)).await.unwrap()
+        self.sandbox.capture(Call::new("sh").args(["-c", script]), &Stop::after(PATIENCE)).await.unwrap()
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use hearth_build::{BuildRequest, Built, ImageConfig};
+use hearth_build::{BuildRequest, Built, ImageConfig, Room};
 use hearth_guest_protocol::App;
 use hearth_machine::{
     BootError, BootSpec, CaptureError, Egress, GuestError, LaunchError, LaunchSource, LaunchSpec, Machine, MachineEvent, Snapshot,
@@ -37,6 +37,7 @@ use super::{
     advice::app_exited,
     checks::{Check, CheckError},
     endpoints, image_dir,
+    machine::BuilderMachine,
     readiness::{Readiness, Verdict},
     shape::Shape,
     uplink::{BuildUplink, RoleLogins},
@@ -48,7 +49,7 @@ const LOG_QUEUE: usize = 256;
 /// Tag of an image whose builds use no layer of earlier ones, if it is `true`. Stock clients can set it.
 const NO_CACHE_TAG: &str = "hearth:no-cache";
 /// What the guest calls itself (SPEC 9.3).
-const HOSTNAME: &str = "localhost";
+pub const HOSTNAME: &str = "localhost";
 /// What the state reason says of builds that a stop or a crash of the server ended.
 pub(crate) const HOST_STOPPED: &str = "INTERNAL_PLATFORM_ERROR: The host stopped during the build.";
 /// What the log says of a build whose image was deleted meanwhile; its record is gone.
@@ -187,16 +188,13 @@ impl Pipeline {
     async fn build_rootfs(&self, work: &Path, archive: PathBuf, rootfs: &Path) -> Result<Built, String> {
         let shape = self.shape()?;
         let egress = self.egress().await?;
-        let outlet = match self.shared.engine.outlet().await {
-            Ok(outlet) => outlet,
-            Err(error) => return Err(self.host_failed(&error).await),
-        };
+        let room = self.room(egress).await?;
         let (lines, mut output) = mpsc::channel::<String>(LOG_QUEUE);
         let request = BuildRequest {
             id: self.job.build_id.clone(),
             account: self.image.account.clone(),
             no_cache: self.wants_no_cache().await?,
-            uplink: Some(Box::new(BuildUplink::new(outlet, egress))),
+            room: Some(room),
             logins: Some(Arc::new(RoleLogins {
                 roles: Arc::clone(&self.shared.roles),
                 role_arn: self.job.spec.build_role_arn.clone(),
@@ -251,6 +249,7 @@ impl Pipeline {
                 id,
                 dir: work.join("machine"),
                 rootfs,
+                disks: Vec::new(),
                 vcpus: shape.vcpus,
                 memory_mib: shape.memory_mib,
                 egress,
@@ -279,6 +278,19 @@ impl Pipeline {
     fn services(&self, id: &str) -> Arc<Services> {
         let shared = &self.shared;
         Arc::new(Services::new(id, &self.image.region, Some(&self.job.spec.build_role_arn), &shared.roles, shared.settings.guests.api))
+    }
+
+    /// Where the Dockerfile's steps run.
+    async fn room(&self, egress: Egress) -> Result<Room, String> {
+        let shared = &self.shared;
+        if let Some(settings) = shared.settings.build_machine {
+            let machine = BuilderMachine::new(Arc::clone(&shared.engine), Arc::clone(&shared.capacity), settings, egress);
+            return Ok(Room::Machine(Arc::new(machine)));
+        }
+        match shared.engine.outlet().await {
+            Ok(outlet) => Ok(Room::Namespaces(Box::new(BuildUplink::new(outlet, egress)))),
+            Err(error) => Err(self.host_failed(&error).await),
+        }
     }
 
     /// Starts the app, waits until it is ready, and captures the machine.

@@ -28,6 +28,7 @@ mod build;
 mod checks;
 mod driver;
 mod endpoints;
+mod machine;
 mod readiness;
 mod shape;
 mod snapshots;

@@ -12,6 +12,7 @@
 //! ```
 
 use hearth_control::{ActivitySettings, CapacitySettings};
+use hearth_machine::qemu::Accelerator;
 use serde::Deserialize;
 
 /// How much of the host's memory MicroVMs may have.
@@ -40,6 +41,26 @@ pub enum GuestSize {
 pub enum Architectures {
     Host,
     Strict,
+}
+
+/// What image builds run in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BuildIsolation {
+    Auto,
+    Namespaces,
+    Microvm,
+}
+
+impl BuildIsolation {
+    /// Whether builds run in MicroVMs.
+    pub fn is_microvm(self, accelerator: Accelerator) -> bool {
+        match self {
+            Self::Auto => accelerator == Accelerator::Kvm,
+            Self::Namespaces => false,
+            Self::Microvm => true,
+        }
+    }
 }
 
 /// What keeps a MicroVM awake, beside bytes that cross its endpoint.

@@ -33,6 +33,7 @@ pub fn judge(facts: &Facts, config: &ServeConfig) -> Vec<Finding> {
     findings.extend(PROGRAMS.iter().map(|&(name, why, package)| program(facts, name, why, package)));
     findings.extend(qemu_versions(facts));
     findings.extend([tun(facts), namespaces(facts), ip_forward(facts), kit(facts), disk(facts)]);
+    findings.push(build_isolation(facts, config));
     findings.extend(build_cache(facts, config));
     findings.extend([memory(facts), forwarding(facts, config), endpoint_name(facts, config)]);
     findings.extend(certificates(facts, SystemTime::now()));
@@ -184,6 +185,18 @@ fn disk(facts: &Facts) -> Finding {
         found: format!("{found} free for {place}"),
         why: "an image takes 0.5 to 2 GiB, a suspended MicroVM what it changed; below 1 GiB nothing can be built",
         fix: format!("free space where {place} is, or choose another --data-dir"),
+    }
+}
+
+/// Says what builds run in.
+fn build_isolation(facts: &Facts, config: &ServeConfig) -> Finding {
+    let microvm = config.build_isolation.is_microvm(accelerator(facts, config));
+    Finding {
+        name: "image builds",
+        verdict: Good,
+        found: if microvm { "run in a MicroVM of their own" } else { "run in namespaces of this host" }.to_owned(),
+        why: "",
+        fix: String::new(),
     }
 }
 

@@ -5,24 +5,18 @@
 //! signal ─▶ connect.json gone ─▶ nothing new accepted ─▶ MicroVMs suspended ─▶ engine ended ─▶ scratch space emptied
 //! ```
 
+mod builds;
 mod certificates;
 mod listen;
 mod logging;
 mod signals;
 
-use std::{
-    io::Write,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io::Write, net::SocketAddr, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use futures::FutureExt;
 use hearth_api::Auth;
-use hearth_build::{Builder, BuilderConfig, KitFile};
+use hearth_build::Builder;
 use hearth_control::{Control, Deps, GuestSettings, Settings, logs::LogStore, roles::Roles, token::Keyring, types::Caller};
 use hearth_identity::Directory;
 use hearth_ingress::{IngressConfig, LocalCa};
@@ -134,9 +128,10 @@ impl Prepared {
         let objects = LocalObjects::open(&dir.objects(), &config.account, Arc::new(ObjectPrincipals(Arc::clone(&principals))))?;
         let keyring = Keyring::load_or_create(&dir.keys())?;
         let kit = Kit::open(&doctor::find_kit(&config))?;
-        let builder = builder(&config, &dir, &kit).await?;
         let accelerator = doctor::accelerator(&facts, &config);
-        tracing::info!(accelerator = accelerator.name(), choice = ?config.engine, kvm = %facts.kvm, "engine chosen");
+        let isolation = if config.build_isolation.is_microvm(accelerator) { "microvm" } else { "namespaces" };
+        tracing::info!(accelerator = accelerator.name(), choice = ?config.engine, kvm = %facts.kvm, builds = isolation, "engine chosen");
+        let builder = builds::builder(&config, &dir, &kit, accelerator).await?;
         Ok(Self {
             config,
             dir,
@@ -199,7 +194,11 @@ impl Server {
             logs: Arc::clone(&logs),
             keyring: Arc::new(keyring),
             roles,
-            settings: Settings { guests: guests(&config, &listeners), ..settings(&config, &dir) },
+            settings: Settings {
+                guests: guests(&config, &listeners),
+                build_machine: builds::machine(&config, &dir, accelerator),
+                ..settings(&config, &dir)
+            },
         };
         let control = match Control::start(deps).await {
             Ok(control) => control,
@@ -305,28 +304,6 @@ fn credentials(config: &ServeConfig, dir: &DataDir) -> anyhow::Result<(Vec<Crede
     Ok((vec![own], origin))
 }
 
-async fn builder(config: &ServeConfig, dir: &DataDir, kit: &Kit) -> anyhow::Result<Builder> {
-    let cache = config.build_cache_dir.clone().unwrap_or_else(|| dir.build_cache());
-    let file = |(path, sha256): (PathBuf, &str)| KitFile { path, sha256: sha256.to_owned() };
-    let mut builder_config = BuilderConfig::new(cache, file(kit.base_image()), file(kit.builder()));
-    builder_config.deadline = config.build_timeout();
-    builder_config.cache = config.build_cache.limits();
-    builder_config.registries = config.registries.registries();
-    let builds = settings(config, dir).max_concurrent_builds.max(1) as u64;
-    builder_config.memory = host_memory().map(|total| total / 4 * 3 / builds);
-    builder_config.limits = config.archive_limits();
-    let builder = Builder::new(builder_config);
-    builder.prepare().await.context("preparing the image builder")?;
-    Ok(builder)
-}
-
-/// Bytes of memory that the host has; `None` if it cannot be told, and builds are not limited then.
-fn host_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?.trim();
-    kib.parse::<u64>().ok()?.checked_mul(1024)
-}
-
 async fn engine(config: &ServeConfig, dir: &DataDir, kit: Kit, accelerator: Accelerator) -> anyhow::Result<Arc<dyn Engine>> {
     let slots = Slots::start(&instance(dir.path()), config.network.slots, config.network.nameservers.clone(), SLOTS_AHEAD).await?;
     Ok(Arc::new(Qemu::start(kit, accelerator, slots).await?))
@@ -341,10 +318,9 @@ fn instance(dir: &Path) -> String {
 
 fn settings(config: &ServeConfig, dir: &DataDir) -> Settings {
     let defaults = Settings::new(dir.path().to_owned());
-    let builds = config.max_concurrent_builds.and_then(|builds| usize::try_from(builds).ok());
     Settings {
         domain: config.domain.clone(),
-        max_concurrent_builds: builds.unwrap_or(defaults.max_concurrent_builds),
+        max_concurrent_builds: builds::at_once(config, dir),
         ready_timeout: config.ready_timeout(),
         wake_timeout: config.wake_timeout(),
         stop_grace: config.stop_grace(),

@@ -84,7 +84,7 @@ mod tests {
     use std::{process::Command, time::Duration};
 
     use super::*;
-    use crate::network::{EgressPolicy, Links, Slot, rules, tools::inside};
+    use crate::network::{EgressPolicy, Links, Slot, host::Nameservers, rules, slot::Surroundings, tools::inside};
 
     const FIRST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
     const SECOND: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
@@ -101,7 +101,9 @@ mod tests {
             eprintln!("skipped: making a network slot needs root and /dev/net/tun");
             return;
         }
-        let slot = Slot::make("192.168.201.0/24".parse::<Links>().unwrap(), &tokio_util::task::TaskTracker::new()).await.unwrap();
+        let links = "192.168.201.0/24".parse::<Links>().unwrap();
+        let around = Arc::new(Surroundings { links, nameservers: Nameservers::default(), mtu: 1500 });
+        let slot = Slot::make(&around, &tokio_util::task::TaskTracker::new()).await.unwrap();
         let policy = EgressPolicy::parse("example.com", "").unwrap();
         nft(slot.namespace(), &rules::policy(&policy)).await.unwrap();
         let doors = Doors::new(slot.namespace().clone(), 1);

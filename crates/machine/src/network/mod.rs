@@ -17,7 +17,7 @@
 //! egress   policies and their text         slot      namespace, tap, link
 //! rules    nftables                        resolver  the names of a policy
 //! links    addresses between host and slots doors    addresses that names opened
-//! outlet   a slot without a machine
+//! outlet   a slot without a machine        relay     addresses of the host that are shared
 //! host     what the host's network is like tools     ip and nft
 //! ```
 
@@ -26,6 +26,7 @@ mod egress;
 mod host;
 mod links;
 mod outlet;
+mod relay;
 mod resolver;
 mod rules;
 mod slot;
@@ -112,31 +113,29 @@ impl Slots {
         run(Command::new("nft").args(["-f", "-"]), "nft", &rules::host(&name, links.network())).await?;
         let table = Table { name, removed: AtomicBool::new(false) };
         let nameservers = if nameservers.is_empty() { Nameservers::of_host() } else { Nameservers::fixed(nameservers) };
+        let surroundings = Arc::new(Surroundings { links, nameservers, mtu: host::uplink_mtu() });
         let (made, ready) = mpsc::channel(ahead.max(1));
         let removals = TaskTracker::new();
-        let tracker = removals.clone();
+        let (around, tracker) = (Arc::clone(&surroundings), removals.clone());
         tokio::spawn(async move {
             // Ends when the queue is closed. A slot that is in the making then still finds its place.
             while let Ok(place) = made.reserve().await {
-                place.send(Slot::make(links, &tracker).await);
+                place.send(Slot::make(&around, &tracker).await);
             }
         });
-        let surroundings = Arc::new(Surroundings { links, nameservers, mtu: host::uplink_mtu() });
         Ok(Self { ready: Mutex::new(ready), removals, table, surroundings })
     }
 
     /// Takes a slot that lets out what `egress` says, and nothing else from its first packet on.
     pub async fn take(&self, egress: &Egress) -> Result<Slot, NetworkError> {
         let mut slot = self.next().await?;
-        slot.restrict(egress, &self.surroundings).await?;
+        slot.restrict(egress).await?;
         Ok(slot)
     }
 
     /// Takes a slot for what is no machine. It lets out what the host routes, until it is restricted.
     pub async fn outlet(&self) -> Result<SlotOutlet, NetworkError> {
-        let mut slot = self.next().await?;
-        slot.open(&self.surroundings);
-        Ok(SlotOutlet::new(slot, Arc::clone(&self.surroundings)))
+        Ok(SlotOutlet::new(self.next().await?))
     }
 
     async fn next(&self) -> Result<Slot, NetworkError> {

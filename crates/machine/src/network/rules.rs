@@ -129,6 +129,11 @@ pub fn resolver(remembered: &[std::net::Ipv4Addr]) -> String {
     text
 }
 
+/// Lets the guest reach a TCP port of its gateway.
+pub fn shared(port: u16) -> String {
+    format!("add rule ip slot gateway tcp dport {port} accept\n")
+}
+
 /// Name of the set of a door's open addresses.
 pub fn door_name(number: usize) -> String {
     format!("door{number}")

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    net::{Ipv4Addr, TcpListener, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     os::fd::{AsRawFd, OwnedFd},
     process::Command,
     sync::{
@@ -20,7 +20,7 @@ use super::{
     Egress, EgressPolicy, GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, Links, NetworkError,
     doors::Doors,
     host::Nameservers,
-    io_error,
+    io_error, relay,
     resolver::{self, Resolver, upstream::Upstream},
     rules,
     tools::{in_namespace, inside, nft, on_thread, run},
@@ -44,8 +44,11 @@ pub struct Slot {
     namespace: Arc<OwnedFd>,
     /// Where the removal of the slot goes on after its drop.
     removals: TaskTracker,
+    around: Arc<Surroundings>,
     nameservers: Vec<Ipv4Addr>,
-    mtu: u16,
+    shared: Vec<AbortOnDropHandle<()>>,
+    /// A process has been connected in the place of a machine.
+    plugged: bool,
     _resolver: Option<AbortOnDropHandle<()>>,
     /// Number of the host's end, unique on the host while the slot lives.
     pub index: u32,
@@ -53,8 +56,9 @@ pub struct Slot {
 
 impl Slot {
     /// Makes a slot. It lets out whatever the host routes until it is restricted.
-    pub(super) async fn make(links: Links, removals: &TaskTracker) -> Result<Self, NetworkError> {
+    pub(super) async fn make(around: &Arc<Surroundings>, removals: &TaskTracker) -> Result<Self, NetworkError> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        let links = around.links;
         let (namespace, tap) = make_namespace().await?;
         for _ in 0..links.count() {
             let index = NEXT.fetch_add(1, Ordering::Relaxed) % links.count();
@@ -64,8 +68,10 @@ impl Slot {
                         tap,
                         namespace: Arc::new(namespace),
                         removals: removals.clone(),
-                        nameservers: Vec::new(),
-                        mtu: 0,
+                        around: Arc::clone(around),
+                        nameservers: around.nameservers.for_guests.clone(),
+                        shared: Vec::new(),
+                        plugged: false,
                         _resolver: None,
                         index,
                     };
@@ -80,15 +86,8 @@ impl Slot {
         Err(NetworkError::Exhausted(links))
     }
 
-    /// Lets out what the host routes, until it is restricted.
-    pub(super) fn open(&mut self, around: &Surroundings) {
-        self.mtu = around.mtu;
-        self.nameservers.clone_from(&around.nameservers.for_guests);
-    }
-
-    /// Puts a policy in force. Connections that are open stay open.
-    pub(super) async fn restrict(&mut self, egress: &Egress, around: &Surroundings) -> Result<(), NetworkError> {
-        self.open(around);
+    /// Puts a policy in force, once. Connections that are open stay open.
+    pub async fn restrict(&mut self, egress: &Egress) -> Result<(), NetworkError> {
         match egress {
             Egress::Internet => {}
             Egress::None => {
@@ -99,35 +98,49 @@ impl Slot {
                 let rules = rules::policy(policy) + &rules::resolver(&self.nameservers);
                 self.nameservers = vec![GATEWAY];
                 nft(&self.namespace, &rules).await?;
-                self.start_resolver(policy, around).await?;
+                self.start_resolver(policy).await?;
             }
             Egress::Policy(policy) => nft(&self.namespace, &rules::policy(policy)).await?,
         }
         Ok(())
     }
 
-    /// Connects the network namespace of a process in the place of a machine: its `eth0` is what a guest's is.
-    pub(super) async fn plug(&self, pid: u32) -> Result<OwnedFd, NetworkError> {
+    /// Lets the guest reach an address of the host's loopback at its gateway, on the same port.
+    pub async fn share(&mut self, address: SocketAddr) -> Result<(), NetworkError> {
+        let listener = relay::listen(&self.namespace, (GATEWAY, address.port()).into()).await?;
+        nft(&self.namespace, &rules::shared(address.port())).await?;
+        self.shared.push(relay::start(listener, address));
+        Ok(())
+    }
+
+    /// Connects the network namespace of a process in the place of a machine: its `eth0` is what a guest's is. What was connected before is not any
+    /// more.
+    pub(super) async fn plug(&mut self, pid: u32) -> Result<OwnedFd, NetworkError> {
         let path = format!("/proc/{pid}/ns/net");
         let plugged = OwnedFd::from(File::open(path).map_err(io_error("opening a build's network namespace"))?);
         // The rules know the guest's side by the name of the tap.
+        if self.plugged {
+            // It may have gone with the namespace of its other end, or be about to.
+            let _ = run(inside(&self.namespace, Command::new("ip").args(["link", "delete", "tap0"])), "ip", "").await;
+        } else {
+            let aside = "addr flush dev tap0\nlink set tap0 down\nlink set tap0 name spare0\n";
+            run(inside(&self.namespace, Command::new("ip").args(["-batch", "-"])), "ip", aside).await?;
+            self.plugged = true;
+        }
         let slot = format!(
-            "addr flush dev tap0
-link set tap0 down
-link set tap0 name spare0
-link add tap0 address {GATEWAY_MAC} type veth peer name eth0 address {GUEST_MAC} netns {pid}
+            "link add tap0 address {GATEWAY_MAC} type veth peer name eth0 address {GUEST_MAC} netns {pid}
 addr add {GATEWAY}/24 dev tap0
 link set tap0 up
 "
         );
         run(inside(&self.namespace, Command::new("ip").args(["-batch", "-"])), "ip", &slot).await?;
-        let mtu = self.mtu;
+        let mtu = self.around.mtu;
         let guest = format!("link set lo up\naddr add {GUEST}/24 dev eth0\nlink set eth0 mtu {mtu} up\nroute add default via {GATEWAY}\n");
         run(inside(&plugged, Command::new("ip").args(["-batch", "-"])), "ip", &guest).await?;
         Ok(plugged)
     }
 
-    async fn start_resolver(&mut self, policy: &EgressPolicy, around: &Surroundings) -> Result<(), NetworkError> {
+    async fn start_resolver(&mut self, policy: &EgressPolicy) -> Result<(), NetworkError> {
         let what = "opening the slot's resolver";
         let bind = || {
             let sockets = (UdpSocket::bind((GATEWAY, DNS))?, TcpListener::bind((GATEWAY, DNS))?);
@@ -139,7 +152,7 @@ link set tap0 up
         let udp = tokio::net::UdpSocket::from_std(udp).map_err(io_error(what))?;
         let tcp = tokio::net::TcpListener::from_std(tcp).map_err(io_error(what))?;
         let doors = Doors::new(self.namespace.clone(), policy.doors().len());
-        let servers = around.nameservers.for_host.iter().map(|server| (*server, DNS).into()).collect();
+        let servers = self.around.nameservers.for_host.iter().map(|server| (*server, DNS).into()).collect();
         let resolver = Resolver { policy: policy.clone(), doors, upstream: Upstream::new(servers) };
         self._resolver = Some(AbortOnDropHandle::new(tokio::spawn(resolver::serve(udp, tcp, resolver))));
         Ok(())
@@ -165,7 +178,7 @@ link set tap0 up
 
     /// What the guest must know of its network.
     pub fn network(&self) -> Network {
-        Network { address: GUEST, prefix: 24, gateway: GATEWAY, nameservers: self.nameservers.clone(), mtu: self.mtu }
+        Network { address: GUEST, prefix: 24, gateway: GATEWAY, nameservers: self.nameservers.clone(), mtu: self.around.mtu }
     }
 }
 

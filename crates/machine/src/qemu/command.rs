@@ -22,11 +22,21 @@ pub struct Hardware<'a> {
     /// Written by this machine only, then what the layers below it hold: nearest first, the last one raw.
     pub overlay: String,
     pub layers: Vec<String>,
+    /// Disks beside that one.
+    pub disks: Vec<RawDisk>,
     /// Numbers of inherited descriptors.
     pub tap: i32,
     pub channel: i32,
     pub monitor: i32,
     pub life: Life<'a>,
+}
+
+/// A disk that is a file's bytes.
+#[derive(Debug)]
+pub struct RawDisk {
+    pub serial: String,
+    pub path: String,
+    pub writable: bool,
 }
 
 /// What differs between the boot of an image and its clones.
@@ -98,6 +108,15 @@ impl Hardware<'_> {
             ("-mon", "chardev=monitor,mode=control".into()),
         ] {
             arguments.extend([option.to_owned(), value]);
+        }
+        for disk in &self.disks {
+            let backend = json!({
+                "driver": "raw", "node-name": disk.serial, "read-only": !disk.writable, "discard": "unmap", "detect-zeroes": "unmap",
+                "cache": {"no-flush": true},
+                "file": {"driver": "file", "filename": disk.path, "locking": "off", "discard": "unmap"},
+            });
+            let device = format!("virtio-blk-device,drive={0},serial={0},werror=report,rerror=report", disk.serial);
+            arguments.extend(["-blockdev".to_owned(), backend.to_string(), "-device".to_owned(), device]);
         }
         if matches!(self.life, Life::Clone) {
             arguments.extend(["-incoming", "defer", "-S"].map(str::to_owned));
@@ -190,6 +209,7 @@ mod tests {
             memory: "m".into(),
             overlay: "o".into(),
             layers: vec!["boot".into(), "rootfs".into()],
+            disks: vec![RawDisk { serial: "store".into(), path: "s".into(), writable: false }],
             tap: 5,
             channel: 6,
             monitor: 7,
@@ -221,6 +241,15 @@ mod tests {
         assert_eq!(disk["backing"]["file"]["filename"], "boot");
         assert_eq!(disk["backing"]["backing"]["driver"], "raw");
         assert_eq!(disk["backing"]["backing"]["file"]["filename"], "rootfs");
+    }
+
+    #[test]
+    fn a_further_disk_is_found_by_its_serial_number() {
+        let boot = hardware(Life::Boot { console: "c", tsc_khz: None });
+        assert!(boot.iter().any(|argument| argument.contains("drive=store,serial=store")), "{boot:?}");
+        let disk = boot.iter().find(|argument| argument.contains("\"node-name\":\"store\"")).unwrap();
+        let disk: serde_json::Value = serde_json::from_str(disk).unwrap();
+        assert_eq!((&disk["read-only"], &disk["file"]["filename"]), (&true.into(), &"s".into()));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io,
+    net::SocketAddr,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{
@@ -24,7 +25,7 @@ use crate::{
     engine::{CaptureError, Dial, GuestError, GuestServices, Machine, MachineEvent, SuspendError, SuspendOutcome, Usage},
     kit::sha256_data,
     memory::{self, Mapping},
-    network::Slot,
+    network::{Egress, NetworkError, Slot},
     session::{Identity, Session},
     snapshot::{BOOT_OVERLAY, DEVICE_STATE, EMPTY_OVERLAY, FORMAT, MEMORY, ROOTFS, Snapshot, SnapshotManifest},
     working_set::WorkingSet,
@@ -56,6 +57,8 @@ pub struct Parts {
 pub enum Origin {
     /// It was booted: its memory is this file's.
     Boot { memory: File, rootfs: PathBuf, vcpus: u8, memory_mib: u32 },
+    /// It was booted with disks of its own, and is not an image in the making.
+    Tool,
     /// It is a clone: it maps this many bytes of its snapshot's memory privately.
     Clone { snapshot: Arc<Snapshot>, image: Arc<File>, mapped: u64 },
 }
@@ -147,7 +150,7 @@ impl Machine for QemuMachine {
         self.expect_end();
         let parts = self.parts;
         let Origin::Boot { memory, rootfs, vcpus, memory_mib } = parts.origin else {
-            return Err(CaptureError::Monitor("only a machine that was booted can be captured".to_owned()));
+            return Err(CaptureError::Monitor("only a machine that was booted with one disk can be captured".to_owned()));
         };
         let touched = memory::allocated_bytes(&memory).map_err(|source| Failure::host("looking at guest memory", source))?;
         let marker = self.session.detach(Parting::Capture { touched }).await?;
@@ -234,6 +237,14 @@ impl Machine for QemuMachine {
 
     fn usage(&self) -> io::Result<Usage> {
         Ok(Usage { cpu: self.parts.process.cpu_time()?, sent_bytes: self.parts.slot.sent_bytes()? })
+    }
+
+    async fn restrict(&mut self, egress: &Egress) -> Result<(), NetworkError> {
+        self.parts.slot.restrict(egress).await
+    }
+
+    async fn share(&mut self, address: SocketAddr) -> Result<(), NetworkError> {
+        self.parts.slot.share(address).await
     }
 
     async fn kill(self: Box<Self>) -> bool {

@@ -37,7 +37,7 @@ use tokio::process::Command;
 
 pub use self::command::{find_program, parse_version};
 use self::{
-    command::{Hardware, Life},
+    command::{Hardware, Life, RawDisk},
     images::Images,
     machine::{Origin, Parts},
     process::{Descriptors, Launch, Process, Spawner},
@@ -46,7 +46,8 @@ use self::{
 };
 use crate::{
     engine::{
-        BootError, BootSpec, CaptureError, Engine, GuestServices, LaunchError, LaunchSource, LaunchSpec, Machine, Outlet, SuspendError,
+        BootError, BootSpec, CaptureError, Disk, Engine, GuestServices, LaunchError, LaunchSource, LaunchSpec, Machine, Outlet,
+        SuspendError,
     },
     kit::Kit,
     memory::{self, Mapping},
@@ -177,6 +178,10 @@ impl Qemu {
         let initramfs = open(&self.kit.initramfs(), false)?;
         let overlay = open(&start.dir.join(OVERLAY), true)?;
         let layers = start.layers.iter().map(|path| open(path, false)).collect::<Result<Vec<_>, _>>()?;
+        let mut disks = Vec::new();
+        for Disk { serial, path, writable } in start.disks {
+            disks.push(RawDisk { serial: serial.clone(), path: open(path, *writable)?, writable: *writable });
+        }
         // Written by the next capture or suspend. QEMU opens it by this descriptor, because it cannot enter the directory.
         let state_file = start.dir.join(NEXT_STATE);
         File::create(&state_file).map_err(Failure::of("creating", &state_file))?;
@@ -206,6 +211,7 @@ impl Qemu {
             memory,
             overlay,
             layers,
+            disks,
             tap: descriptors.add(tap),
             channel: descriptors.add(OwnedFd::from(channel_end)),
             monitor: descriptors.add(OwnedFd::from(monitor_end)),
@@ -257,6 +263,7 @@ struct Start<'a> {
     memory: &'a File,
     egress: &'a Egress,
     layers: Vec<PathBuf>,
+    disks: &'a [Disk],
     /// Device state to load.
     load: Option<File>,
     /// Boots and writes its console to a file.
@@ -314,12 +321,16 @@ impl Engine for Qemu {
                 memory: &memory,
                 egress: &spec.egress,
                 layers: vec![spec.rootfs.clone()],
+                disks: &spec.disks,
                 load: None,
                 console: true,
             })
             .await?;
         let dir = spec.dir.clone();
-        let origin = Origin::Boot { memory, rootfs: spec.rootfs, vcpus: spec.vcpus, memory_mib: spec.memory_mib };
+        let origin = match spec.disks.is_empty() {
+            true => Origin::Boot { memory, rootfs: spec.rootfs, vcpus: spec.vcpus, memory_mib: spec.memory_mib },
+            false => Origin::Tool,
+        };
         let parts = started.into_parts(spec.id, spec.dir, 0, spec.services, origin, self.shared.clone());
         let begun = parts.begin::<BootError>(BOOT_MARKER, spec.timeout).await;
         let machine = begun.map_err(|error| match error {
@@ -359,6 +370,7 @@ impl Engine for Qemu {
                 memory: &image,
                 egress: &spec.egress,
                 layers: vec![snapshot.file(BOOT_OVERLAY), snapshot.file(ROOTFS)],
+                disks: &[],
                 load: Some(load),
                 console: false,
             })

@@ -71,22 +71,28 @@ const CAPABILITIES: [&str; 22] = [
     "CAP_SYS_RESOURCE",
 ];
 
+/// The environment of the daemon and of the programs that talk to it. `further` variables are such as proxies.
+pub(crate) fn daemon_environment(further: &[(String, String)]) -> Vec<(String, String)> {
+    let ours = [
+        ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin".to_owned()),
+        ("HOME", "/tmp".to_owned()),
+        ("DOCKER_HOST", "unix:///run/docker.sock".to_owned()),
+        ("DOCKER_CONFIG", format!("{BUILD_DIR}/docker")),
+        ("BUILDX_CONFIG", "/tmp/buildx".to_owned()),
+        ("DOCKER_BUILDKIT_RUNC_COMMAND", format!("{BUILD_DIR}/runtime.sh")),
+        ("BUILDX_NO_DEFAULT_ATTESTATIONS", "1".to_owned()),
+    ];
+    let ours = ours.map(|(name, value)| (name.to_owned(), value));
+    ours.into_iter().chain(further.iter().cloned()).collect()
+}
+
 impl Bundle<'_> {
     /// The `config.json` of the OCI runtime specification, 1.0.2.
     pub(crate) fn document(&self) -> Value {
         let ids = json!([{ "containerID": 0, "hostID": FIRST_ID, "size": IDS }]);
         let namespaces: Vec<Value> =
             ["user", "mount", "pid", "network", "ipc", "uts", "cgroup"].iter().map(|kind| json!({ "type": kind })).collect();
-        let mut environment = vec![
-            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin".to_owned(),
-            "HOME=/tmp".to_owned(),
-            "DOCKER_HOST=unix:///run/docker.sock".to_owned(),
-            format!("DOCKER_CONFIG={BUILD_DIR}/docker"),
-            "BUILDX_CONFIG=/tmp/buildx".to_owned(),
-            format!("DOCKER_BUILDKIT_RUNC_COMMAND={BUILD_DIR}/runtime.sh"),
-            "BUILDX_NO_DEFAULT_ATTESTATIONS=1".to_owned(),
-        ];
-        environment.extend(self.environment.iter().map(|(name, value)| format!("{name}={value}")));
+        let environment: Vec<String> = daemon_environment(self.environment).iter().map(|(name, value)| format!("{name}={value}")).collect();
         let mut resources = json!({ "pids": { "limit": PROCESSES } });
         if let Some(memory) = self.memory {
             resources["memory"] = json!({ "limit": memory });
@@ -97,7 +103,7 @@ impl Bundle<'_> {
             "root": { "path": given::ROOT, "readonly": true },
             "process": {
                 "terminal": false, "cwd": "/", "user": { "uid": 0, "gid": 0 },
-                "args": ["/bin/sh", format!("{BUILD_DIR}/init.sh"), format!("{BUILD_DIR}/daemon.json")],
+                "args": ["/bin/sh", format!("{BUILD_DIR}/init.sh")],
                 "env": environment,
                 "capabilities": { "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES },
                 // Steps may use sudo: what it gives is root of the sandbox.

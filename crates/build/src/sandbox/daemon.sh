@@ -1,13 +1,9 @@
-# First process of a build's sandbox: init.sh DAEMON_CONFIGURATION. Says "ready" and waits for a line, which means that the network is
-# connected; starts the image builder's daemon and says "up". Ends when its input ends: the server has finished, or is gone.
-set -u
-echo ready
-read -r _ || exit 0
+# Starts the image builder's daemon and waits until it answers; its process is then $daemon. Read by the script that prepared the sandbox.
 echo 1 >/proc/sys/net/ipv4/ip_forward
 # Steps are on a bridge of their own; what they send leaves with the sandbox's address.
 nft 'table ip builder { chain postrouting { type nat hook postrouting priority srcnat; oifname "eth0" masquerade; }; }'
 
-dockerd --config-file "$1" >/run/dockerd.log 2>&1 &
+dockerd --config-file /build/daemon.json "$@" >/run/dockerd.log 2>&1 </dev/null &
 daemon=$!
 # The daemon opens its socket at once and answers when it has started.
 until docker version >/run/version 2>&1; do
@@ -17,9 +13,3 @@ until docker version >/run/version 2>&1; do
     fi
     sleep 0.05
 done
-echo up
-read -r _ || true
-kill -TERM "$daemon"
-# Nobody else would end it if the server is gone.
-(sleep 15; kill -KILL "$daemon") &
-wait "$daemon"
