@@ -34,8 +34,9 @@ use crate::{
 };
 
 /// Programs that a build runs, how to ask each for its version, and the Debian package it is in.
-const TOOLS: [(&str, &str, &str); 4] =
-    [("runc", "--version", "runc"), ("unshare", "--version", "util-linux"), ("tar", "--version", "tar"), ("mke2fs", "-V", "e2fsprogs")];
+const TOOLS: [(&str, &str, &str); 3] = [("runc", "--version", "runc"), ("unshare", "--version", "util-linux"), ("tar", "--version", "tar")];
+/// What makes the disk that machines boot from.
+const MACHINE_TOOL: (&str, &str, &str) = ("mke2fs", "-V", "e2fsprogs");
 
 /// Identity of every file system, and seed of its directory hashes: the same layers give the same bytes.
 const FILESYSTEM_UUID: &str = "6f1c9a40-5b0e-4c53-9a5d-3c1f3c8f2b11";
@@ -71,7 +72,7 @@ impl Builder {
     /// Makes the cache directory ready: unpacks the builder's root file system if it is new or has changed. May be called again, and by
     /// several processes at once.
     pub async fn prepare(&self) -> Result<(), PrepareError> {
-        for tool in TOOLS {
+        for tool in TOOLS.into_iter().chain(self.config.machines.then_some(MACHINE_TOOL)) {
             check_tool(tool).await?;
         }
         let dir = &self.config.cache_dir;
