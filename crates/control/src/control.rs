@@ -12,7 +12,7 @@ use hearth_machine::Engine;
 use hearth_objects::Objects;
 use hearth_store::{Store, StoreError};
 use tokio::{
-    sync::{Notify, Semaphore, watch},
+    sync::{Notify, watch},
     time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -21,7 +21,7 @@ use crate::{
     capacity::Capacity,
     connectors::Policies,
     cursor::Cursors,
-    images::{self, Snapshots},
+    images::{self, Snapshots, Turns},
     logs::LogStore,
     microvm,
     quota::Throttle,
@@ -112,7 +112,7 @@ impl Control {
             roles: Arc::clone(&roles),
             capacity: Arc::clone(&capacity),
             sizes: settings.sizes(),
-            turns: Semaphore::new(settings.max_concurrent_builds.max(1)),
+            turns: Turns::new(settings.max_concurrent_builds),
             settings: settings.clone(),
             stop: stop.clone(),
             changes: changes.clone(),

@@ -110,7 +110,7 @@ impl Pipeline {
     async fn build(&mut self, work: &Path) -> Result<(), String> {
         let (shared, stop) = (Arc::clone(&self.shared), self.stop.clone());
         let _turn = tokio::select! {
-            turn = shared.turns.acquire() => turn.map_err(|_| self.stopped())?,
+            turn = shared.turns.take(&self.image.account) => turn,
             () = stop.cancelled() => return Err(self.stopped()),
         };
         let (id, number, build_id) = (&self.image.id, self.job.number, &self.job.build_id);

@@ -32,6 +32,7 @@ mod machine;
 mod readiness;
 mod shape;
 mod snapshots;
+mod turns;
 mod uplink;
 
 use std::sync::Arc;
@@ -40,7 +41,7 @@ use hearth_build::ImageBuilder;
 use hearth_machine::Engine;
 use hearth_objects::Objects;
 use hearth_store::{ChangeVersion, CreateVersion, DeleteImage, Store, StoreError};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -57,6 +58,7 @@ pub(crate) use build::HOST_STOPPED;
 pub(crate) use driver::{FIRST, failed_state};
 pub(crate) use shape::{ShapeError, Sizes};
 pub(crate) use snapshots::{Snapshots, image_dir, version_dir};
+pub(crate) use turns::Turns;
 
 /// What every image's driver works with.
 pub(crate) struct Shared {
@@ -72,7 +74,7 @@ pub(crate) struct Shared {
     pub sizes: Sizes,
     pub settings: Settings,
     /// One for each build that may run.
-    pub turns: Semaphore,
+    pub turns: Turns,
     /// Gives builds up.
     pub stop: CancellationToken,
     /// Counts what observers could see change.
