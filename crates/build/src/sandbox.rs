@@ -4,6 +4,7 @@
 mod bundle;
 mod machine;
 mod namespaces;
+mod seccomp;
 
 use std::{
     fs, io,

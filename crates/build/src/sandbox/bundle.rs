@@ -6,6 +6,8 @@
 
 use serde_json::{Value, json};
 
+use super::seccomp;
+
 /// First of the host's user and group ids that stand for the sandbox's. Far above those that hosts give to users and containers.
 pub(crate) const FIRST_ID: u32 = 1_900_000_000;
 /// Number of them.
@@ -112,7 +114,7 @@ impl Bundle<'_> {
             "mounts": self.mounts(),
             "linux": {
                 "uidMappings": ids, "gidMappings": ids, "namespaces": namespaces,
-                "cgroupsPath": self.control_group, "resources": resources,
+                "cgroupsPath": self.control_group, "resources": resources, "seccomp": seccomp::filter(),
                 // The kernel lets a user namespace mount another /proc only where nothing of this one is hidden. What matters in it belongs to
                 // the host's root, which nobody here is.
                 "maskedPaths": [], "readonlyPaths": [],
