@@ -27,6 +27,7 @@ use crate::{
     process::{ProcessError, Stop, Stopped, run_captured},
     progress::Progress,
     registry::{self, Login},
+    reserve::{self, Guard, Low},
     root::Root,
     sandbox::{Call, DISK, FIRST_ID, Host, INHERITED_ENV, Sandbox, SandboxError, WorkDir, inside},
     stores::{Store, Stores},
@@ -119,7 +120,7 @@ impl Build {
     async fn run(mut self, cancel: CancellationToken) -> Result<Built, BuildError> {
         let stop = Stop { cancel, deadline: Instant::now() + self.workshop.config.deadline };
         let scratch = Scratch::make(&self.request.work_dir)?;
-        let result = self.steps(&stop).await;
+        let result = self.guarded(&stop).await;
         if let Err(error) = &result {
             tracing::info!(build = self.request.id, error = error as &dyn std::error::Error, "the image build failed");
             let _ = tokio::fs::remove_file(&self.request.rootfs).await;
@@ -131,6 +132,33 @@ impl Build {
         let removed = spawn_blocking(move || drop(scratch)).await;
         removed.map_err(|error| BuildError::Platform(Box::new(error)))?;
         result
+    }
+
+    /// The build, for as long as the host has disk for it.
+    async fn guarded(&mut self, stop: &Stop) -> Result<Built, BuildError> {
+        let config = &self.workshop.config;
+        let stop = Stop { cancel: stop.cancel.child_token(), deadline: stop.deadline };
+        let places = vec![config.cache_dir.clone(), self.request.work_dir.clone()];
+        let low = |low: Low| BuildError::HostDiskLow(low.to_string());
+        self.make_room(&places).await;
+        let guard = Guard::start(places.clone(), config.disk_reserve, stop.cancel.clone()).await.map_err(low)?;
+        let result = self.steps(&stop).await;
+        match guard.low() {
+            Some(found) if result.is_err() => {
+                // With what the build has left there.
+                self.make_room(&places).await;
+                Err(low(found))
+            }
+            _ => result,
+        }
+    }
+
+    /// Gives layers up for the disk's reserve.
+    async fn make_room(&self, places: &[PathBuf]) {
+        let (places, reserve) = (places.to_vec(), self.workshop.config.disk_reserve);
+        if let Err(error) = self.workshop.stores.make_room(move || reserve::is_free(&places, reserve)).await {
+            tracing::warn!(build = self.request.id, %error, "no room was made for a build");
+        }
     }
 
     async fn steps(&mut self, stop: &Stop) -> Result<Built, BuildError> {

@@ -45,6 +45,9 @@ pub enum BuildError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// the host's disk has too little left
+    #[error("{0}")]
+    HostDiskLow(String),
     /// the host has no memory for it now
     #[error("{0}")]
     Capacity(String),
@@ -74,6 +77,7 @@ impl BuildError {
             }
             Self::ConfigInvalid(reason) => format!("CONTAINER_BUILD_FAILED: The image's configuration cannot be used: {reason}."),
             Self::DiskFull(_) => "DISK_STORAGE_FULL: The image's contents do not fit on the disk.".to_owned(),
+            Self::HostDiskLow(reason) => format!("DISK_STORAGE_FULL: The build was ended: {reason}."),
             Self::Capacity(reason) => format!("INTERNAL_PLATFORM_ERROR: {reason}"),
             Self::Cancelled => "INTERNAL_PLATFORM_ERROR: The build was cancelled.".to_owned(),
             Self::Io { .. } | Self::Platform(_) => {

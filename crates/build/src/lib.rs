@@ -24,6 +24,7 @@ mod lines;
 mod process;
 mod progress;
 mod registry;
+mod reserve;
 mod room;
 mod root;
 mod sandbox;
@@ -79,6 +80,8 @@ pub struct BuilderConfig {
     pub cache: CacheLimits,
     /// Most memory of a build in namespaces, in bytes.
     pub memory: Option<u64>,
+    /// Bytes of the host's disks that builds leave free.
+    pub disk_reserve: u64,
     /// Builds may run in virtual machines: what those boot from is made ready.
     pub machines: bool,
     /// How registries are reached.
@@ -99,6 +102,7 @@ impl BuilderConfig {
             limits: ArchiveLimits::default(),
             cache: CacheLimits::default(),
             memory: None,
+            disk_reserve: 0,
             machines: false,
             registries: Registries::default(),
             deadline: Duration::from_secs(30 * 60),

@@ -12,6 +12,7 @@
 //! killed is free when its sandbox has noticed.
 
 use std::{
+    collections::HashMap,
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, chown},
@@ -36,7 +37,7 @@ const MOST_DISK: u64 = 8 << 40;
 /// Limits of all stores together.
 #[derive(Debug, Clone, Copy)]
 pub struct CacheLimits {
-    /// Bytes on the disk. Exceeded while builds run; afterwards the stores that were used least recently go.
+    /// Bytes on the disk. Exceeded while builds run; afterwards stores go until it holds.
     pub bytes: u64,
     /// Longest time that a layer is used again.
     pub age: Duration,
@@ -101,7 +102,14 @@ impl Stores {
         spawn_blocking(move || take(&dir, limits)).await.expect("taking a store does not panic")
     }
 
-    /// Deletes the stores that were used least recently until all together are within the limit. Those in use stay.
+    /// Deletes stores until `enough` says so or none is left but those in use. What they hold can be built again.
+    pub(crate) async fn make_room(&self, enough: impl Fn() -> bool + Send + 'static) -> Result<(), StoreError> {
+        let dir = self.dir.clone();
+        spawn_blocking(move || make_room(&dir, enough)).await.expect("deleting stores does not panic")
+    }
+
+    /// Deletes stores until all together are within the limit: of accounts with more than an equal part of it, those that were used least
+    /// recently. Those in use stay.
     pub(crate) async fn trim(&self) -> Result<(), StoreError> {
         let (dir, limit) = (self.dir.clone(), self.limits.bytes);
         spawn_blocking(move || trim(&dir, limit)).await.expect("deleting stores does not panic")
@@ -178,14 +186,8 @@ fn open(dir: PathBuf, lock: File, limits: CacheLimits) -> Result<Store, StoreErr
 }
 
 fn renew(dir: &Path) -> Result<(), StoreError> {
+    empty(dir)?;
     let data = dir.join("data");
-    remove(&data)?;
-    let disk = dir.join("disk");
-    if let Err(error) = fs::remove_file(&disk)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        return Err(failed("deleting the layer store's disk", &disk)(error));
-    }
     DirBuilder::new().mode(0o700).create(&data).map_err(failed("making the layer store", &data))?;
     chown(&data, Some(FIRST_ID), Some(FIRST_ID)).map_err(failed("giving away the layer store", &data))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -193,8 +195,13 @@ fn renew(dir: &Path) -> Result<(), StoreError> {
     fs::write(&born, now.as_secs().to_string()).map_err(failed("writing", &born))
 }
 
-fn remove(dir: &Path) -> Result<(), StoreError> {
-    trees::remove(dir).map_err(failed("deleting the layer store", dir))
+fn empty(dir: &Path) -> Result<(), StoreError> {
+    let (data, disk) = (dir.join("data"), dir.join("disk"));
+    trees::remove(&data).map_err(failed("deleting the layer store", &data))?;
+    match fs::remove_file(&disk) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("deleting the layer store's disk", &disk)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// The directories of all stores.
@@ -213,27 +220,77 @@ fn list(accounts: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(stores)
 }
 
-fn trim(accounts: &Path, limit: u64) -> Result<(), StoreError> {
+/// What a store takes.
+struct Held {
+    used: SystemTime,
+    bytes: u64,
+    dir: PathBuf,
+}
+
+impl Held {
+    fn account(&self) -> PathBuf {
+        self.dir.parent().unwrap_or(&self.dir).to_owned()
+    }
+}
+
+/// All stores, those first that were used least recently.
+fn measure(accounts: &Path) -> Result<Vec<Held>, StoreError> {
     let mut stores = Vec::new();
     for dir in list(accounts).map_err(failed("listing the layer stores", accounts))? {
         let bytes = disk_usage(&dir).map_err(failed("measuring the layer store", &dir))?;
         let used = fs::metadata(dir.join("lock")).and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
-        stores.push((used, bytes, dir));
+        stores.push(Held { used, bytes, dir });
     }
-    let mut total: u64 = stores.iter().map(|(_, bytes, _)| bytes).sum();
-    stores.sort();
-    for (_, bytes, dir) in stores {
-        if total <= limit {
-            break;
-        }
-        let Ok(lock) = File::open(dir.join("lock")) else { continue };
-        if lock.try_lock().is_ok() {
-            tracing::info!(store = %dir.display(), bytes, "the layer cache is over its limit: deleting a store");
-            remove(&dir.join("data"))?;
+    stores.sort_by_key(|store| store.used);
+    Ok(stores)
+}
+
+fn trim(accounts: &Path, limit: u64) -> Result<(), StoreError> {
+    let mut stores = measure(accounts)?;
+    let mut total = 0;
+    let mut of_accounts: HashMap<PathBuf, u64> = HashMap::new();
+    for store in &stores {
+        total += store.bytes;
+        *of_accounts.entry(store.account()).or_default() += store.bytes;
+    }
+    let share = limit / of_accounts.len().max(1) as u64;
+    while total > limit && !stores.is_empty() {
+        // Somebody has more than an equal part, and nobody else pays for that as long as there is something of theirs to delete.
+        let over = stores.iter().position(|store| of_accounts[&store.account()] > share);
+        let store = stores.remove(over.unwrap_or(0));
+        let Held { bytes, ref dir, .. } = store;
+        if delete_unused(dir)? {
+            tracing::info!(store = %dir.display(), bytes, "the layer cache is over its limit: deleted a store");
             total -= bytes;
+            *of_accounts.entry(store.account()).or_default() -= bytes;
         }
     }
     Ok(())
+}
+
+/// Deletes stores until `enough` says so or none is left.
+fn make_room(accounts: &Path, enough: impl Fn() -> bool) -> Result<(), StoreError> {
+    if enough() {
+        return Ok(());
+    }
+    for Held { bytes, dir, .. } in measure(accounts)? {
+        if delete_unused(&dir)? {
+            tracing::info!(store = %dir.display(), bytes, "the host's disk is nearly full: deleted a store of layers");
+            if enough() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Empties a store unless a build uses it, and says whether it did.
+fn delete_unused(dir: &Path) -> Result<bool, StoreError> {
+    let Ok(lock) = File::open(dir.join("lock")) else { return Ok(false) };
+    if lock.try_lock().is_err() {
+        return Ok(false);
+    }
+    empty(dir).map(|()| true)
 }
 
 #[cfg(test)]
@@ -300,5 +357,37 @@ mod tests {
         drop(in_use);
         assert!(cache_usage(dir.path()).unwrap().bytes > 200 << 10);
         assert_eq!(cache_usage(dir.path()).unwrap().stores, 3);
+    }
+
+    #[tokio::test]
+    async fn trim_begins_with_accounts_that_have_more_than_an_equal_part() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(stores) = stores(dir.path(), 500 << 10, Duration::from_secs(60)) else { return };
+        let (modest, greedy, second) = (stores.take("1").await.unwrap(), stores.take("2").await.unwrap(), stores.take("2").await.unwrap());
+        for (store, kib, age) in [(&modest, 100, 1), (&greedy, 300, 2), (&second, 200, 3)] {
+            fs::write(store.data().join("layer"), vec![1; kib << 10]).unwrap();
+            store.lock.set_modified(UNIX_EPOCH + Duration::from_secs(age)).unwrap();
+        }
+        let layers: Vec<PathBuf> = [&modest, &greedy, &second].map(|store| store.data().join("layer")).to_vec();
+        drop((modest, greedy, second));
+        stores.trim().await.unwrap();
+        let left: Vec<bool> = layers.iter().map(|layer| layer.exists()).collect();
+        assert_eq!(left, [true, false, true], "the modest account's was used least recently, and is within its part");
+    }
+
+    #[tokio::test]
+    async fn make_room_deletes_both_kinds_of_store_until_it_is_enough() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(stores) = stores(dir.path(), u64::MAX, Duration::from_secs(60)) else { return };
+        let (first, second, in_use) = (stores.take("1").await.unwrap(), stores.take("2").await.unwrap(), stores.take("3").await.unwrap());
+        let disk = first.disk().await.unwrap();
+        first.lock.set_modified(UNIX_EPOCH).unwrap();
+        let kept = second.data();
+        drop((first, second));
+        let gone = disk.clone();
+        stores.make_room(move || !gone.exists()).await.unwrap();
+        assert!(!disk.exists() && kept.exists());
+        stores.make_room(|| false).await.unwrap();
+        assert!(!kept.exists() && in_use.data().exists());
     }
 }

@@ -107,6 +107,8 @@ pub struct ServeConfig {
     /// Most memory of an image build, in MiB. In namespaces three quarters of the host's, in a MicroVM a quarter and 4096 at most, divided by the
     /// builds that may run at once.
     pub build_memory_mib: Option<u32>,
+    /// Free space of the disk that image builds leave, in MiB: a build that takes more is ended. 0 lets them fill it. 1024.
+    pub build_disk_reserve_mib: u32,
     /// What becomes of an image that asks for another architecture than the host's: with `host` it is built for the host's, and its log says
     /// so; with `strict` it is refused. `host`.
     pub architectures: Architectures,
@@ -325,6 +327,7 @@ impl Default for ServeConfig {
             guest_size: GuestSize::Baseline,
             build_isolation: BuildIsolation::Auto,
             build_memory_mib: None,
+            build_disk_reserve_mib: 1024,
             architectures: Architectures::Host,
             capacity: CapacityConfig::default(),
             activity: ActivityConfig::default(),

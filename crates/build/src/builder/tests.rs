@@ -460,6 +460,15 @@ async fn sandbox_root_cannot_change_what_the_server_or_other_builds_use() {
         "mknod /var/lib/docker/disk b 254 0 && head -c 1 /var/lib/docker/disk",
         "mount -t ext4 /dev/vda /mnt",
         "mount -t devtmpfs devtmpfs /mnt",
+        // Parts of the kernel that no build needs.
+        "perl -e 'exit(syscall(425, 1, 0) < 0 && !$!{EFAULT})'",
+        "perl -e 'exit(syscall(323, 0) < 0)'",
+        "perl -e 'exit(syscall(321, 0, 0, 0) < 0 && !$!{EINVAL})'",
+        "perl -e 'exit(syscall(298, 0, 0, -1, -1, 0) < 0 && !$!{EFAULT})'",
+        "perl -e 'exit(syscall(250, 0, -3, 1) < 0)'",
+        "perl -e 'exit(syscall(304, -1, 0, 0) < 0 && !$!{EFAULT} && !$!{EBADF})'",
+        "perl -MSocket -e 'exit !socket(S, 38, 5, 0)'",
+        "perl -MSocket -e 'exit !socket(S, 40, 1, 0)'",
         // Processes and descriptors of the host.
         "[ -e /proc/1/fd/3 ]",
         "[ -e /proc/self/fd/3 ]",
@@ -503,6 +512,19 @@ async fn build_of_endless_directories_and_files_leaves_the_server_alone() {
     assert!(!data.exists(), "the store was over its limit");
     let after = fixture.build("after-deep", "CMD [\"/bin/sh\"]").await;
     assert!(after.result.is_ok(), "{:?}", after.result);
+}
+
+#[tokio::test]
+async fn build_that_would_fill_the_disk_is_ended_and_its_layers_are_given_up() {
+    let Some(fixture) = fixture().await else { return };
+    let found = nix::sys::statvfs::statvfs(fixture.dir.path()).unwrap();
+    let free = found.blocks_available() * found.fragment_size();
+    let careful = BuilderConfig { disk_reserve: free - (300 << 20), ..config(fixture.dir.path()) };
+    let fixture = Fixture { builder: Arc::new(Builder::new(careful)), ..fixture };
+    fixture.builder.prepare().await.unwrap();
+    let outcome = fixture.build("filling", "RUN echo filling; cat /dev/zero > /file").await;
+    assert!(outcome.state_reason().starts_with("DISK_STORAGE_FULL") && outcome.state_reason().contains("build_disk_reserve_mib"));
+    assert!(!fixture.dir.path().join("cache/accounts/000000000000/0/data/overlay2").exists());
 }
 
 mod dockerfiles;

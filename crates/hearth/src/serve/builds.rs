@@ -22,6 +22,7 @@ pub async fn builder(config: &ServeConfig, dir: &DataDir, kit: &Kit, accelerator
     let mut builder_config = BuilderConfig::new(cache, file(kit.base_image()), file(kit.builder()));
     builder_config.deadline = config.build_timeout();
     builder_config.cache = config.build_cache.limits();
+    builder_config.disk_reserve = u64::from(config.build_disk_reserve_mib) << 20;
     builder_config.registries = config.registries.registries();
     builder_config.machines = config.build_isolation.is_microvm(accelerator);
     builder_config.memory = memory_mib(config, dir, builder_config.machines).map(|mib| mib << 20);
