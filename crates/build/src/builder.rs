@@ -29,7 +29,7 @@ use crate::{
     registry::{self, Login},
     reserve::{self, Guard, Low},
     root::Root,
-    sandbox::{Call, DISK, FIRST_ID, Host, INHERITED_ENV, Sandbox, SandboxError, WorkDir, inside},
+    sandbox::{self, Call, DISK, FIRST_ID, Host, INHERITED_ENV, Sandbox, SandboxError, WorkDir, inside},
     stores::{Store, Stores},
     trees,
 };
@@ -80,6 +80,7 @@ impl Builder {
         make_private_directory(dir).map_err(|error| PrepareError(format!("making {}: {error}", dir.display())))?;
         // The sandbox has another working directory than we do.
         let dir = std::path::absolute(dir).map_err(|error| PrepareError(format!("finding {}: {error}", dir.display())))?;
+        sandbox::sweep(&runtime_dir(&dir)).await.map_err(PrepareError::from_display)?;
         let open = async {
             let roots = self.config.builder_dir.clone().unwrap_or_else(|| dir.join("builder"));
             let root = Root::ensure(&roots, &self.config.builder.path, &self.config.builder.sha256, self.config.machines).await;
@@ -238,7 +239,7 @@ impl Build {
     async fn start(&self, store: &Store, work: &WorkDir, room: &mut Room, logins: &[Login], stop: &Stop) -> Result<Sandbox, BuildError> {
         let config = &self.workshop.config;
         let host = Host {
-            runtime_dir: config.cache_dir.join("runtime"),
+            runtime_dir: runtime_dir(&config.cache_dir),
             root: self.workshop.root.dir.clone(),
             root_disk: self.workshop.root.disk.clone(),
             base_archive: config.base.path.clone(),
@@ -303,11 +304,8 @@ impl Build {
             self.say(line.clone()).await;
         }
         if !status.success() {
-            let full = |line: &&String| line.to_ascii_lowercase().contains("no space left on device");
-            if let Some(line) = lines.iter().find(full) {
-                return Err(BuildError::DiskFull(line.clone()));
-            }
             return Err(match failed {
+                Some(step) if is_about_space(&step.error) => BuildError::DiskFull(step.error),
                 Some(step) => BuildError::StepFailed { instruction: step.instruction, error: step.error },
                 None => BuildError::ContainerBuildFailed(last_error(&lines).unwrap_or_else(|| status.to_string())),
             });
@@ -427,6 +425,16 @@ fn machine_error(error: MachineError) -> BuildError {
         MachineError::Capacity(reason) => BuildError::Capacity(reason),
         error => BuildError::Platform(Box::new(error)),
     }
+}
+
+/// Where the OCI runtime keeps its records.
+fn runtime_dir(cache_dir: &Path) -> PathBuf {
+    cache_dir.join("runtime")
+}
+
+/// Whether BuildKit found the disk full itself. What a step says does not count: the error of a process quotes its instruction.
+fn is_about_space(error: &str) -> bool {
+    error.to_ascii_lowercase().contains("no space left on device") && !error.starts_with("process ")
 }
 
 /// The error among BuildKit's last lines.

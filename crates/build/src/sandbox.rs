@@ -19,6 +19,7 @@ use serde_json::json;
 use tokio::{sync::mpsc, task::spawn_blocking};
 
 pub(crate) use self::bundle::{BASE_ARCHIVE, DISK, FIRST_ID};
+pub(crate) use self::namespaces::sweep;
 use self::{
     bundle::{BUILD_DIR, STORE_DIR},
     machine::Machine,

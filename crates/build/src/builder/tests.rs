@@ -515,6 +515,35 @@ async fn build_of_endless_directories_and_files_leaves_the_server_alone() {
 }
 
 #[tokio::test]
+async fn prepare_deletes_what_killed_runtimes_left_and_nothing_that_runs() {
+    let Some(fixture) = fixture().await else { return };
+    let (left, lives) = (Prison::start(&fixture, "left").await, Prison::start(&fixture, "lives").await);
+    let id = format!("hearth-build-{}", left.build.request.id);
+    let Sandbox::Container(container) = left.sandbox else { unreachable!("these builds run in namespaces") };
+    container.kill_runtime();
+    while !processes_of(&left.build.request.id).is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let record = fixture.dir.path().join("cache/runtime").join(&id);
+    assert!(record.exists(), "nobody has deleted it");
+    Builder::new(config(fixture.dir.path())).prepare().await.unwrap();
+    assert!(!record.exists());
+    let groups = run("find", &["/sys/fs/cgroup", "-name", &id]);
+    assert_eq!(String::from_utf8_lossy(&groups.stdout), "");
+    assert!(lives.root("true").await.status.success());
+    lives.sandbox.end().await;
+}
+
+#[tokio::test]
+async fn step_that_speaks_of_a_full_disk_has_failed_for_its_own_reason() {
+    let Some(fixture) = fixture().await else { return };
+    let outcome = fixture.build("speaks", "RUN echo 'No space left on device'; printf 'no space left on device'; exit 3").await;
+    let reason = outcome.state_reason();
+    assert!(reason.starts_with("The container image build failed.") && reason.contains("exit code 3"), "{reason}");
+    assert!(is_about_space("failed to copy files: write /var/lib/docker/x: no space left on device"));
+}
+
+#[tokio::test]
 async fn build_that_would_fill_the_disk_is_ended_and_its_layers_are_given_up() {
     let Some(fixture) = fixture().await else { return };
     let found = nix::sys::statvfs::statvfs(fixture.dir.path()).unwrap();

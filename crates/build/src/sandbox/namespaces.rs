@@ -140,6 +140,14 @@ impl Container {
         let _ = pidfd_send_signal(&self.init, Signal::KILL);
     }
 
+    /// Kills the runtime before it can tidy up, then the container.
+    #[cfg(test)]
+    pub(crate) fn kill_runtime(&self) {
+        let runtime = self.runtime.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)).expect("it runs");
+        rustix::process::kill_process(runtime, Signal::KILL).unwrap();
+        self.kill_now();
+    }
+
     /// Ends the sandbox: the daemon writes what it must, then every process is gone.
     pub(super) async fn end(mut self) {
         drop(self.input.take());
@@ -152,6 +160,26 @@ impl Container {
             tracing::error!(sandbox = self.id, "a build's sandbox was killed and did not end");
         }
     }
+}
+
+/// A container in the runtime's list.
+#[derive(serde::Deserialize)]
+struct Listed {
+    id: String,
+    status: String,
+}
+
+/// Deletes what is left of containers whose runtime was killed: their records and control groups. Those that run stay, whosever they are.
+pub(crate) async fn sweep(runtime_dir: &Path) -> Result<(), SandboxError> {
+    let limit = Stop::after(START);
+    let listed = run_captured(runc(runtime_dir, &["list", "--format", "json"]), &limit).await?;
+    // There is no list without the directory.
+    let containers: Option<Vec<Listed>> = serde_json::from_slice(&listed.stdout).unwrap_or_default();
+    for Listed { id, .. } in containers.unwrap_or_default().into_iter().filter(|container| container.status == "stopped") {
+        tracing::info!(sandbox = id, "deleting what is left of a build's sandbox");
+        run_captured(runc(runtime_dir, &["delete", "--force", &id]), &limit).await?;
+    }
+    Ok(())
 }
 
 async fn expect(output: &mut BufReader<ChildStdout>, word: &str) -> Result<(), SandboxError> {

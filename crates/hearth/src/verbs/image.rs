@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     convert::Infallible,
     fs::File,
-    io::{self, IsTerminal, Read, Seek, Write},
+    io::{self, IsTerminal, Read, Seek},
     os::unix::{
         ffi::OsStrExt,
         fs::{FileTypeExt, PermissionsExt},
@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tokio_util::io::ReaderStream;
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use super::{logs, names, table};
+use super::{logs, names, printable::Printer, table};
 use crate::{
     client::{Client, ClientError},
     connect::Connect,
@@ -145,7 +145,8 @@ pub async fn build(client: Client, args: BuildArgs) -> anyhow::Result<ExitCode> 
     }
     let created: Created = client.call(method, &path, Some(request)).await?;
     progress.set_message(format!("building {name} {}", created.image_version));
-    let print = |bytes: &[u8]| progress.suspend(|| io::stdout().write_all(bytes));
+    let mut printer = Printer::new();
+    let print = |bytes: &[u8]| progress.suspend(|| printer.print(bytes));
     logs::copy(&client, &format!("image={}", names::escape(&name)), true, print).await?;
     let reached = settled(&client, &name).await;
     progress.finish_and_clear();

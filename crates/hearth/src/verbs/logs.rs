@@ -1,10 +1,10 @@
 //! `hearth logs`: what a MicroVM's app wrote, or the log of an image's builds.
 
-use std::{io::Write, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{microvm, names};
+use super::{microvm, names, printable::Printer};
 use crate::client::{Client, ClientError};
 
 /// `hearth logs`.
@@ -26,8 +26,8 @@ pub async fn run(client: Client, args: LogsArgs) -> anyhow::Result<ExitCode> {
         Err(names::NameError::Unknown(_)) => format!("image={}", names::escape(names::image_name(&args.what))),
         Err(ambiguous) => return Err(ambiguous.into()),
     };
-    let mut stdout = std::io::stdout();
-    let print = |bytes: &[u8]| stdout.write_all(bytes).and_then(|()| stdout.flush());
+    let mut printer = Printer::new();
+    let print = |bytes: &[u8]| printer.print(bytes);
     match copy(&client, &source, args.follow, print).await {
         // The reader has seen enough: `hearth logs … | head`.
         Err(CopyError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),

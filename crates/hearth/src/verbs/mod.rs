@@ -10,6 +10,7 @@ pub mod image;
 pub mod logs;
 pub mod microvm;
 mod names;
+mod printable;
 mod table;
 mod terminal;
 pub mod trust;
