@@ -136,11 +136,11 @@ impl Store {
     /// until it is written.
     pub(crate) async fn disk(&self) -> Result<PathBuf, StoreError> {
         let path = self.dir.join("disk");
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = tokio::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).await;
         let file = file.map_err(failed("making the layer store's disk", &path))?;
-        let present = file.metadata().map_err(failed("looking at the layer store's disk", &path))?.len();
+        let present = file.metadata().await.map_err(failed("looking at the layer store's disk", &path))?.len();
         if present == 0 {
-            file.set_len(self.disk_bytes).map_err(failed("sizing the layer store's disk", &path))?;
+            file.set_len(self.disk_bytes).await.map_err(failed("sizing the layer store's disk", &path))?;
         }
         Ok(path)
     }

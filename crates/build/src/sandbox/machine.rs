@@ -1,7 +1,7 @@
 //! A sandbox that is a virtual machine: the builder's root file system on a disk, and four more disks with what the build needs.
 
 use std::{
-    fs, io,
+    io,
     os::unix::process::ExitStatusExt,
     path::PathBuf,
     process::{ExitStatus, Stdio},
@@ -51,7 +51,7 @@ impl Machine {
         let unprepared = || SandboxError::Start("the builder's disk is not prepared".to_owned());
         let rootfs = host.root_disk.clone().ok_or_else(unprepared)?;
         if has_certificates() {
-            fs::copy(CERTIFICATES, work.0.join("certificates")).map_err(io_error("copying the certificate authorities"))?;
+            tokio::fs::copy(CERTIFICATES, work.0.join("certificates")).await.map_err(io_error("copying the certificate authorities"))?;
         }
         let context = pack(work, stop).await?;
         let disk = |serial: &'static str, path: PathBuf, writable| MachineDisk { serial, path, writable };
@@ -97,21 +97,17 @@ impl Machine {
 
     pub(super) async fn capture(&self, call: Call, stop: &Stop) -> Result<Captured, ProcessError> {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        let keep = |output: Output| {
-            let (into, bytes) = match output {
-                Output::Stdout(bytes) => (&mut stdout, bytes),
-                Output::Stderr(bytes) => (&mut stderr, bytes),
-            };
-            let room = CAPTURE_LIMIT.saturating_sub(into.len());
-            into.extend_from_slice(&bytes[..bytes.len().min(room)]);
-        };
-        let status = self.run(call, stop, async |mut output| {
-            let mut keep = keep;
+        let keep = async |mut output: mpsc::Receiver<Output>| {
             while let Some(piece) = output.recv().await {
-                keep(piece);
+                let (into, bytes) = match piece {
+                    Output::Stdout(bytes) => (&mut stdout, bytes),
+                    Output::Stderr(bytes) => (&mut stderr, bytes),
+                };
+                let room = CAPTURE_LIMIT.saturating_sub(into.len());
+                into.extend_from_slice(&bytes[..bytes.len().min(room)]);
             }
-        });
-        let status = status.await?;
+        };
+        let status = self.run(call, stop, keep).await?;
         Ok(Captured { status, stdout, stderr: String::from_utf8_lossy(&stderr).trim().to_owned() })
     }
 
