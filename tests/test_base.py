@@ -153,6 +153,8 @@ FACTS = [
     ("yum -qy update && echo updated", "updated"),
     ("dnf check-update; echo status $?", "status 0"),
     ("dnf clean all; find /var/lib/apt/lists /var/cache/apt -name '*_Packages' -o -name '*.deb' -o -name '*.bin' | wc -l", "0\n"),
+    ("ls -d /usr/share/man/man* | wc -l", "9\n"),
+    ("touch /a /b; update-alternatives --install /usr/bin/tool tool /a 1 --slave /usr/share/man/man7/tool.7.gz tool.7.gz /b && echo registered", "registered"),
     ("useradd app; stat -c %U /home/app", "app"),
     ("/usr/sbin/policy-rc.d; echo status $?", "status 101"),
 ]

@@ -33,6 +33,9 @@ const PACKAGES: &str = "ca-certificates,curl";
 const USERS: &str =
     r#"chroot "$1" sh -ec 'sed -i "s|^SHELL=.*|SHELL=/bin/bash|" /etc/default/useradd; echo "CREATE_HOME yes" >> /etc/login.defs'"#;
 
+/// Packages register manual pages as alternatives, and some, such as Java, fail where the directories are missing. The pages are left out.
+const MANUALS: &str = r#"for section in 1 2 3 4 5 6 7 8 9; do mkdir -p "$1/usr/share/man/man$section"; done"#;
+
 /// The file that says what the system is keeps its place, whatever Debian's package does at its next upgrade.
 const DIVERSION: &str = r#"chroot "$1" dpkg-divert --quiet --local --rename --add /usr/lib/os-release"#;
 
@@ -127,6 +130,7 @@ impl Sources {
         arguments.push("--skip=chroot/policy-rc.d".to_owned());
         arguments.push(format!("--customize-hook={USERS}"));
         arguments.push(format!("--customize-hook={DIVERSION}"));
+        arguments.push(format!("--customize-hook={MANUALS}"));
         arguments
     }
 }
