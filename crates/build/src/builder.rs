@@ -304,6 +304,9 @@ impl Build {
             self.say(line.clone()).await;
         }
         if !status.success() {
+            if failed.as_ref().is_some_and(|step| step.error.ends_with("exit code 137")) {
+                self.say(KILLED.to_owned()).await;
+            }
             return Err(match failed {
                 Some(step) if is_about_space(&step.error) => BuildError::DiskFull(step.error),
                 Some(step) => BuildError::StepFailed { instruction: step.instruction, error: step.error },
@@ -431,6 +434,10 @@ fn machine_error(error: MachineError) -> BuildError {
 fn runtime_dir(cache_dir: &Path) -> PathBuf {
     cache_dir.join("runtime")
 }
+
+/// What the log says of a step that was killed.
+const KILLED: &str =
+    "Exit code 137: something of the step was killed, most likely because the build took more memory than it may have (`build_memory_mib`).";
 
 /// Whether BuildKit found the disk full itself. What a step says does not count: the error of a process quotes its instruction.
 fn is_about_space(error: &str) -> bool {

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -104,7 +105,12 @@ async fn make_disk(tree: &Path, disk: &Path) -> Result<(), RootError> {
     mke2fs.args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1", "-d"]).arg(tree);
     mke2fs.arg(disk).arg(DISK_SIZE).stdin(Stdio::null());
     let ran = run_captured(mke2fs, &Stop::after(UNPACK)).await?;
-    if ran.status.success() { Ok(()) } else { Err(RootError::Disk(ran.stderr)) }
+    if !ran.status.success() {
+        return Err(RootError::Disk(ran.stderr));
+    }
+    // Machines have users of their own, which open it.
+    let mode = fs::set_permissions(disk, fs::Permissions::from_mode(0o644));
+    mode.map_err(|source| RootError::Io { what: "sharing the builder's disk", source })
 }
 
 fn lock_of(roots: &Path, name: &str) -> io::Result<File> {

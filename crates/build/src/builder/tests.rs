@@ -515,6 +515,17 @@ async fn build_of_endless_directories_and_files_leaves_the_server_alone() {
 }
 
 #[tokio::test]
+async fn step_without_network_sees_no_device_but_its_loopback() {
+    let Some(fixture) = fixture().await else { return };
+    let look = "for device in /sys/class/net/*; do echo device ${device##*/}; done; [ -w /sys/kernel/uevent_helper ] && echo writable";
+    let built = fixture.build("devices", &format!("RUN --network=none {look}; true\nRUN {look}; true\nCMD [\"/bin/sh\"]")).await;
+    assert!(built.result.is_ok(), "{:?}", built.log);
+    let seen: Vec<&str> = built.log.iter().filter_map(|line| line.strip_prefix("device ")).collect();
+    assert!(seen == ["lo", "eth0", "lo"] || seen == ["lo", "lo", "eth0"], "{seen:?}");
+    assert!(!built.log.iter().any(|line| line == "writable"));
+}
+
+#[tokio::test]
 async fn prepare_deletes_what_killed_runtimes_left_and_nothing_that_runs() {
     let Some(fixture) = fixture().await else { return };
     let (left, lives) = (Prison::start(&fixture, "left").await, Prison::start(&fixture, "lives").await);
@@ -540,6 +551,8 @@ async fn step_that_speaks_of_a_full_disk_has_failed_for_its_own_reason() {
     let outcome = fixture.build("speaks", "RUN echo 'No space left on device'; printf 'no space left on device'; exit 3").await;
     let reason = outcome.state_reason();
     assert!(reason.starts_with("The container image build failed.") && reason.contains("exit code 3"), "{reason}");
+    let killed = fixture.build("killed", "RUN exit 137").await;
+    assert!(killed.log.iter().any(|line| line.contains("build_memory_mib")), "{:?}", killed.log);
     assert!(is_about_space("failed to copy files: write /var/lib/docker/x: no space left on device"));
 }
 

@@ -128,7 +128,9 @@ impl Bundle<'_> {
         let quiet = ["nosuid", "noexec", "nodev"];
         let mut mounts = vec![
             mount("/proc", "proc", &quiet),
-            mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+            // Writable, because steps could have none of their own otherwise, and would see the sandbox's network devices in this one. What is in
+            // it belongs to the host's root.
+            mount("/sys", "sysfs", &quiet),
             mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "ro"]),
             mount("/dev", "tmpfs", &["nosuid", "mode=755", "size=64k"]),
             mount("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]),

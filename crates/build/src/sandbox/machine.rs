@@ -1,8 +1,9 @@
 //! A sandbox that is a virtual machine: the builder's root file system on a disk, and four more disks with what the build needs.
 
 use std::{
+    fs::Permissions,
     io,
-    os::unix::process::ExitStatusExt,
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
     path::PathBuf,
     process::{ExitStatus, Stdio},
     sync::Arc,
@@ -174,5 +175,10 @@ async fn pack(work: &WorkDir, stop: &Stop) -> Result<PathBuf, SandboxError> {
     tar.arg("--directory").arg(&work.0).arg(".").stdin(Stdio::null());
     let limit = Stop { cancel: stop.cancel.clone(), deadline: stop.deadline.min(Stop::after(PACK).deadline) };
     let packed = run_captured(tar, &limit).await?;
-    if packed.status.success() { Ok(archive) } else { Err(io_error("packing the build's files")(io::Error::other(packed.stderr))) }
+    if !packed.status.success() {
+        return Err(io_error("packing the build's files")(io::Error::other(packed.stderr)));
+    }
+    // The machine's user opens it again, whatever the server's umask. The directory is for root alone.
+    let mode = tokio::fs::set_permissions(&archive, Permissions::from_mode(0o644)).await;
+    mode.map(|()| archive).map_err(io_error("sharing the build's files"))
 }
