@@ -432,6 +432,15 @@ impl Prison {
     }
 }
 
+/// A 32-bit program in hexadecimal: ELF header, program header, code, arguments. It ends with 0 if `socketcall(SYS_SOCKET, {AF_VSOCK, 1, 0})` gives a
+/// socket, else with 1.
+const SOCKETCALL: &str = concat!(
+    "7f454c46010101000000000000000000020003000100000054000100340000000000000000000000340020000100000000000000",
+    "010000000000000000000100000001007d0000007d0000000500000000100000",
+    "b866000000bb01000000b971000100cd8089c3c1eb1fb801000000cd80",
+    "280000000100000000000000",
+);
+
 #[tokio::test]
 async fn sandbox_root_cannot_change_what_the_server_or_other_builds_use() {
     let Some(fixture) = fixture().await else { return };
@@ -469,6 +478,10 @@ async fn sandbox_root_cannot_change_what_the_server_or_other_builds_use() {
         "perl -e 'exit(syscall(304, -1, 0, 0) < 0 && !$!{EFAULT} && !$!{EBADF})'",
         "perl -MSocket -e 'exit !socket(S, 38, 5, 0)'",
         "perl -MSocket -e 'exit !socket(S, 40, 1, 0)'",
+        // The kernel reads 32 bits of a family, whatever the others are.
+        "perl -e 'exit(syscall(41, (1 << 32) + 40, 1, 0) < 0)'",
+        "perl -e '$pair = q(x) x 8; syscall(53, 40, 1, 0, $pair); exit !$!{EOPNOTSUPP}'",
+        &format!("perl -e 'print pack(q(H*), q({SOCKETCALL}))' > /tmp/call && chmod 755 /tmp/call && /tmp/call"),
         // Processes and descriptors of the host.
         "[ -e /proc/1/fd/3 ]",
         "[ -e /proc/self/fd/3 ]",

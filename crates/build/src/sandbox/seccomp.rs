@@ -4,12 +4,14 @@
 use serde_json::{Value, json};
 
 /// Refused as forbidden.
-const FORBIDDEN: [&str; 30] = [
+const FORBIDDEN: [&str; 33] = [
     "acct",
     "adjtimex",
     "bpf",
     "clock_adjtime",
+    "clock_adjtime64",
     "clock_settime",
+    "clock_settime64",
     "delete_module",
     "fanotify_init",
     "finit_module",
@@ -29,6 +31,7 @@ const FORBIDDEN: [&str; 30] = [
     "quotactl_fd",
     "reboot",
     "settimeofday",
+    "stime",
     "swapoff",
     "swapon",
     "syslog",
@@ -41,9 +44,13 @@ const FORBIDDEN: [&str; 30] = [
 const ABSENT: [&str; 3] = ["add_key", "keyctl", "request_key"];
 
 /// Families of sockets that programs of images use: UNIX, IPv4, IPv6, netlink and packets.
+///
+/// A filter cannot read the family of a 32-bit program that calls `socketcall(2)`, as glibc does: libseccomp refuses it every family then.
 const FAMILIES: [u64; 5] = [1, 2, 10, 16, 17];
 /// More than the kernel has.
 const MOST_FAMILIES: u64 = 64;
+/// The bits of the argument that the kernel reads: it is an `int`. A filter that compares all 64 is passed by setting one of the others.
+const FAMILY_BITS: u64 = 0xffff_ffff;
 
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
@@ -54,8 +61,8 @@ pub(super) fn filter() -> Value {
     let refuse = |names: &[&str], error: u32| json!({ "names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": error });
     let mut calls = vec![refuse(&FORBIDDEN, EPERM), refuse(&ABSENT, ENOSYS)];
     for family in (0..MOST_FAMILIES).filter(|family| !FAMILIES.contains(family)) {
-        let mut call = refuse(&["socket"], EAFNOSUPPORT);
-        call["args"] = json!([{ "index": 0, "value": family, "op": "SCMP_CMP_EQ" }]);
+        let mut call = refuse(&["socket", "socketpair"], EAFNOSUPPORT);
+        call["args"] = json!([{ "index": 0, "value": FAMILY_BITS, "valueTwo": family, "op": "SCMP_CMP_MASKED_EQ" }]);
         calls.push(call);
     }
     json!({
