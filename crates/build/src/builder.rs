@@ -132,6 +132,10 @@ impl Build {
         // Large trees take a while to delete.
         let removed = spawn_blocking(move || drop(scratch)).await;
         removed.map_err(|error| BuildError::Platform(Box::new(error)))?;
+        if matches!(result, Err(BuildError::HostDiskLow(_))) {
+            // With what the build has left in its store.
+            self.make_room(&[self.workshop.config.cache_dir.clone()]).await;
+        }
         result
     }
 
@@ -142,14 +146,10 @@ impl Build {
         let places = vec![config.cache_dir.clone(), self.request.work_dir.clone()];
         let low = |low: Low| BuildError::HostDiskLow(low.to_string());
         self.make_room(&places).await;
-        let guard = Guard::start(places.clone(), config.disk_reserve, stop.cancel.clone()).await.map_err(low)?;
+        let guard = Guard::start(places, config.disk_reserve, stop.cancel.clone()).await.map_err(low)?;
         let result = self.steps(&stop).await;
         match guard.low() {
-            Some(found) if result.is_err() => {
-                // With what the build has left there.
-                self.make_room(&places).await;
-                Err(low(found))
-            }
+            Some(found) if result.is_err() => Err(low(found)),
             _ => result,
         }
     }
@@ -436,8 +436,7 @@ fn runtime_dir(cache_dir: &Path) -> PathBuf {
 }
 
 /// What the log says of a step that was killed.
-const KILLED: &str =
-    "Exit code 137: something of the step was killed, most likely because the build took more memory than it may have (`build_memory_mib`).";
+const KILLED: &str = "Exit code 137: something of the step was killed, most likely because the build took more memory than it may have (`build_memory_mib`).";
 
 /// Whether BuildKit found the disk full itself. What a step says does not count: the error of a process quotes its instruction.
 fn is_about_space(error: &str) -> bool {

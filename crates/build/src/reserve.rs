@@ -17,11 +17,8 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// The host's disk has too little left.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the host's disk has {free_mib} MiB left, and builds leave {reserve_mib} MiB of it free (`build_disk_reserve_mib`)")]
-pub(crate) struct Low {
-    free_mib: u64,
-    reserve_mib: u64,
-}
+#[error("the host's disk has less left than builds must leave free (`build_disk_reserve_mib`)")]
+pub(crate) struct Low;
 
 /// Watches the disk for as long as it lives.
 #[derive(Debug)]
@@ -68,7 +65,10 @@ async fn look(places: &[PathBuf], reserve: u64) -> Result<(), Low> {
     let places = places.to_vec();
     let free = spawn_blocking(move || least_free(&places));
     match free.await.expect("asking for free space does not panic") {
-        Some(free) if free < reserve => Err(Low { free_mib: free >> 20, reserve_mib: reserve >> 20 }),
+        Some(free) if free < reserve => {
+            tracing::warn!(free_mib = free >> 20, reserve_mib = reserve >> 20, "the host's disk is nearly full: builds are ended");
+            Err(Low)
+        }
         _ => Ok(()),
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! accounts/<account>/<n>/data     what the builder's daemon keeps in namespaces
 //! accounts/<account>/<n>/disk     the same in virtual machines: a file system in a file
+//! accounts/<account>/<n>/clean    the last machine has left it in order
 //! accounts/<account>/<n>/born     when it was made: a store that is too old is made afresh, so that no layer is kept for ever
 //! accounts/<account>/<n>/lock     held by the build that uses it, and by the processes of its sandbox
 //! ```
@@ -33,6 +34,9 @@ const MOST_STORES: u32 = 64;
 
 /// Largest disk of a store, in bytes: what ext4 holds with room to spare.
 const MOST_DISK: u64 = 8 << 40;
+
+/// What a disk has beyond the limit of all stores, at least.
+const LEAST_ROOM: u64 = 16 << 30;
 
 /// Limits of all stores together.
 #[derive(Debug, Clone, Copy)]
@@ -132,17 +136,23 @@ impl Store {
         self.dir.join("data")
     }
 
-    /// The disk that a virtual machine keeps it on: twice what all stores may hold, because that is seen to after the build. All of it is a hole
-    /// until it is written.
+    /// The disk that a virtual machine keeps it on. All of it is a hole until it is written. A disk that was not left in order begins anew: what a
+    /// machine that was killed had not written yet is missing, maybe in the middle of layers.
     pub(crate) async fn disk(&self) -> Result<PathBuf, StoreError> {
-        let path = self.dir.join("disk");
-        let file = tokio::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).await;
-        let file = file.map_err(failed("making the layer store's disk", &path))?;
-        let present = file.metadata().await.map_err(failed("looking at the layer store's disk", &path))?.len();
-        if present == 0 {
+        let (path, mark) = (self.dir.join("disk"), self.clean_mark());
+        let kept = tokio::fs::metadata(&path).await.is_ok_and(|found| found.len() == self.disk_bytes);
+        let clean = tokio::fs::remove_file(&mark).await.is_ok();
+        if !(kept && clean) {
+            let file = tokio::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path).await;
+            let file = file.map_err(failed("making the layer store's disk", &path))?;
             file.set_len(self.disk_bytes).await.map_err(failed("sizing the layer store's disk", &path))?;
         }
         Ok(path)
+    }
+
+    /// The file that is there when the disk was left in order.
+    pub(crate) fn clean_mark(&self) -> PathBuf {
+        self.dir.join("clean")
     }
 
     /// Empties the store.
@@ -150,6 +160,11 @@ impl Store {
         let dir = self.dir.clone();
         spawn_blocking(move || renew(&dir)).await.expect("deleting a store does not panic")
     }
+}
+
+/// Twice what all stores may hold, and room for a large image at least: limits are seen to after the build.
+fn disk_bytes(limits: CacheLimits) -> u64 {
+    limits.bytes.saturating_mul(2).max(limits.bytes.saturating_add(LEAST_ROOM)).min(MOST_DISK)
 }
 
 fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
@@ -182,7 +197,7 @@ fn open(dir: PathBuf, lock: File, limits: CacheLimits) -> Result<Store, StoreErr
     }
     // Its time says when the store was last used.
     lock.set_modified(SystemTime::now()).map_err(failed("marking the layer store as used", &dir))?;
-    Ok(Store { dir, disk_bytes: limits.bytes.saturating_mul(2).min(MOST_DISK), lock, renewed: !is_current && born.is_some() })
+    Ok(Store { dir, disk_bytes: disk_bytes(limits), lock, renewed: !is_current && born.is_some() })
 }
 
 fn renew(dir: &Path) -> Result<(), StoreError> {
@@ -256,8 +271,11 @@ fn trim(accounts: &Path, limit: u64) -> Result<(), StoreError> {
     let share = limit / of_accounts.len().max(1) as u64;
     while total > limit && !stores.is_empty() {
         // Somebody has more than an equal part, and nobody else pays for that as long as there is something of theirs to delete.
-        let over = stores.iter().position(|store| of_accounts[&store.account()] > share);
-        let store = stores.remove(over.unwrap_or(0));
+        let Some(over) = stores.iter().position(|store| of_accounts[&store.account()] > share) else {
+            // It is in stores that builds use.
+            break;
+        };
+        let store = stores.remove(over);
         let Held { bytes, ref dir, .. } = store;
         if delete_unused(dir)? {
             tracing::info!(store = %dir.display(), bytes, "the layer cache is over its limit: deleted a store");
@@ -273,7 +291,10 @@ fn make_room(accounts: &Path, enough: impl Fn() -> bool) -> Result<(), StoreErro
     if enough() {
         return Ok(());
     }
-    for Held { bytes, dir, .. } in measure(accounts)? {
+    // The largest first: whoever has filled the disk is likely to have that.
+    let mut stores = measure(accounts)?;
+    stores.sort_by_key(|store| std::cmp::Reverse(store.bytes));
+    for Held { bytes, dir, .. } in stores {
         if delete_unused(&dir)? {
             tracing::info!(store = %dir.display(), bytes, "the host's disk is nearly full: deleted a store of layers");
             if enough() {
@@ -373,6 +394,28 @@ mod tests {
         stores.trim().await.unwrap();
         let left: Vec<bool> = layers.iter().map(|layer| layer.exists()).collect();
         assert_eq!(left, [true, false, true], "the modest account's was used least recently, and is within its part");
+    }
+
+    #[tokio::test]
+    async fn disk_that_was_not_left_in_order_begins_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(stores) = stores(dir.path(), 1 << 20, Duration::from_secs(60)) else { return };
+        let store = stores.take("1").await.unwrap();
+        let disk = store.disk().await.unwrap();
+        let write = || {
+            let file = OpenOptions::new().write(true).open(&disk).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, b"layer", 0).unwrap();
+        };
+        let begins = || fs::read(&disk).is_ok_and(|content| content.starts_with(b"layer"));
+        // Small enough to be read as a whole.
+        let store = Store { disk_bytes: 4096, ..store };
+        store.disk().await.unwrap();
+        write();
+        fs::write(store.clean_mark(), "").unwrap();
+        store.disk().await.unwrap();
+        assert!(begins() && !store.clean_mark().exists(), "it is kept, and must be left in order again");
+        store.disk().await.unwrap();
+        assert!(!begins());
     }
 
     #[tokio::test]

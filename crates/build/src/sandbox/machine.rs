@@ -37,6 +37,8 @@ const FINISH: &str = "daemon=$(cat /run/docker.pid); kill -TERM \"$daemon\"; whi
 pub(crate) struct Machine {
     id: String,
     machine: Arc<dyn BuildMachine>,
+    /// Made when the store is left in order.
+    clean_mark: PathBuf,
 }
 
 impl Machine {
@@ -72,13 +74,17 @@ impl Machine {
             env: daemon_environment(&environment()),
             timeout: START,
         };
-        let this = Self { id: id.to_owned(), machine: Arc::clone(machine) };
+        let this = Self { id: id.to_owned(), machine: Arc::clone(machine), clean_mark: store.clean_mark() };
         let begin = async {
             machine.boot(spec).await?;
             let mut ports = Vec::new();
             for address in &host.local_registries {
-                machine.share(*address).await?;
-                ports.push(address.port().to_string());
+                let port = address.port().to_string();
+                // They differ by their ports alone at the gateway.
+                if !ports.contains(&port) {
+                    machine.share(*address).await?;
+                    ports.push(port);
+                }
             }
             let ran = this.capture(Call::new("sh").args(["-c", PREPARE, "machine.sh"]).args(ports), stop).await?;
             if ran.status.success() { Ok(()) } else { Err(SandboxError::Start(ran.stderr)) }
@@ -146,7 +152,11 @@ impl Machine {
         let both = async { tokio::join!(self.machine.run(program, pieces), read(output)).0 };
         tokio::select! {
             code = both => Ok(ExitStatus::from_raw((code? & 0xff) << 8)),
-            stopped = stop.reached() => Err(stopped.into()),
+            stopped = stop.reached() => {
+                // What runs in it has no other way to hear of that.
+                self.machine.kill().await;
+                Err(stopped.into())
+            }
         }
     }
 
@@ -156,14 +166,18 @@ impl Machine {
 
     pub(super) async fn end(self) {
         let finished = self.capture(Call::new("sh").args(["-c", FINISH]), &Stop::after(END)).await;
+        self.machine.kill().await;
         match finished {
-            Ok(ran) if ran.status.success() => {}
+            Ok(ran) if ran.status.success() => {
+                if let Err(error) = tokio::fs::write(&self.clean_mark, "").await {
+                    tracing::warn!(sandbox = self.id, %error, "a layer store will begin anew");
+                }
+            }
             Ok(ran) => tracing::warn!(sandbox = self.id, error = ran.stderr, "a build's daemon did not end in order"),
             // It was killed already where the build was stopped.
             Err(ProcessError::Machine(MachineError::Gone(_))) => {}
             Err(error) => tracing::warn!(sandbox = self.id, %error, "a build's daemon did not end in order"),
         }
-        self.machine.kill().await;
     }
 }
 

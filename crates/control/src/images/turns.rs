@@ -53,7 +53,13 @@ impl Turns {
     /// Waits for a turn. Who stops waiting is out of the queue.
     pub async fn take(&self, account: &str) -> Turn {
         let (give, given) = oneshot::channel();
-        self.lock().waiting.push(Waiter { account: account.to_owned(), give });
+        {
+            let mut state = self.lock();
+            // Who comes anew is before those who have had the last turn, and behind those who have waited since.
+            let last = state.count.saturating_sub(1);
+            state.accounts.entry(account.to_owned()).or_insert(Account { running: 0, last });
+            state.waiting.push(Waiter { account: account.to_owned(), give });
+        }
         self.hand_out();
         given.await.expect("a waiter is dropped only after it was given its turn, or has gone")
     }
@@ -147,6 +153,24 @@ mod tests {
         let [_, second, third] = many;
         drop(second.now_or_never().expect("nobody else waits"));
         third.now_or_never().expect("nobody else waits");
+    }
+
+    #[tokio::test]
+    async fn account_that_waits_is_not_overtaken_by_others_that_come_again_and_again() {
+        let turns = Turns::new(1);
+        let running = turns.take("patient").await;
+        let mut patient = wait(&turns, "patient");
+        let mut others = [wait(&turns, "b"), wait(&turns, "c")];
+        drop(running);
+        for round in 0.. {
+            if let Some(turn) = (&mut patient).now_or_never() {
+                drop(turn);
+                break;
+            }
+            assert!(round < 2, "each of the others has had one");
+            let which = usize::from((&mut others[0]).now_or_never().map(drop).is_none());
+            others[which] = wait(&turns, ["b", "c"][which]);
+        }
     }
 
     #[tokio::test]
