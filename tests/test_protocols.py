@@ -404,7 +404,9 @@ class TestBytes:
     @pytest.mark.parametrize("kind", ["chunked", "length"])
     def test_half_an_answer_is_no_answer(self, server, microvm, token, kind, version):
         said = curl(server, microvm, token, HTTP, f"/dies/{kind}", version)
-        assert said.returncode != 0 and said.stdout == "half", said
+        # The reset of an HTTP/2 stream drops what has not left yet.
+        possible = ("half", "") if version == "--http2" else ("half",)
+        assert said.returncode != 0 and said.stdout in possible, said
 
 
 class TestTls:

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::{sync::Notify, time::timeout};
-use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 use tracing::{Span, debug};
 
 use crate::{app::App, error::Side, linger::Unwanted};
@@ -83,53 +82,16 @@ impl Drop for Upload {
     }
 }
 
-/// How long an answer that has broken off waits until the client has taken what came before.
-const LEAVE: Duration = Duration::from_secs(2);
-
 /// A response's body. The connection to the application ends with it, so a client that leaves costs the guest nothing.
-///
-/// An HTTP/2 stream is reset when its body fails, and the reset drops the stream's data that is not written yet (h2 empties the stream's queue).
-/// So a failure is told only when everything before it is written.
 pub(crate) struct Download {
     body: Incoming,
-    /// Counts the pieces that are not written yet.
-    unwritten: TaskTracker,
-    failure: Option<Failure>,
     span: Span,
     _app: App,
 }
 
-/// The body has failed. It is told when `written` is done.
-struct Failure {
-    error: Option<hyper::Error>,
-    written: Pin<Box<dyn Future<Output = ()> + Send>>,
-}
-
-/// A piece of the body. hyper drops it when its bytes are written, or when they will not be.
-struct Piece {
-    bytes: Bytes,
-    _unwritten: TaskTrackerToken,
-}
-
-impl AsRef<[u8]> for Piece {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
 impl Download {
     pub(crate) fn new(body: Incoming, app: App) -> Self {
-        Self { body, unwritten: TaskTracker::new(), failure: None, span: Span::current(), _app: app }
-    }
-
-    fn fail(&mut self, error: hyper::Error) -> &mut Failure {
-        debug!(parent: &self.span, side = %Side::Guest, %error, "the response was cut off");
-        self.unwritten.close();
-        let unwritten = self.unwritten.clone();
-        let written = Box::pin(async move {
-            let _ = timeout(LEAVE, unwritten.wait()).await;
-        });
-        self.failure.insert(Failure { error: Some(error), written })
+        Self { body, span: Span::current(), _app: app }
     }
 }
 
@@ -138,20 +100,11 @@ impl Body for Download {
     type Error = hyper::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let this = &mut *self;
-        let failure = match &mut this.failure {
-            Some(failure) => failure,
-            None => match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
-                Some(Ok(frame)) => {
-                    let piece = |bytes| Bytes::from_owner(Piece { bytes, _unwritten: this.unwritten.token() });
-                    return Poll::Ready(Some(Ok(frame.map_data(piece))));
-                }
-                Some(Err(error)) => this.fail(error),
-                None => return Poll::Ready(None),
-            },
-        };
-        ready!(failure.written.as_mut().poll(cx));
-        Poll::Ready(failure.error.take().map(Err))
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if let Poll::Ready(Some(Err(error))) = &frame {
+            debug!(parent: &self.span, side = %Side::Guest, %error, "the response was cut off");
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
